@@ -1,0 +1,42 @@
+# Each target sets the environment up when it is not there: a .venv with the locked packages.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+READY := $(VENV)/.ready
+
+.PHONY: repro test test-fast check format lock benchmarks clean
+
+repro: $(READY)  ## the whole graph, from raw audio to reports/report.html
+	dvc repro
+
+test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
+	python -m pytest
+
+test-fast: $(READY)  ## the everyday suite
+	python -m pytest -m "not slow"
+
+check: $(READY)  ## ruff, ruff format, mypy --strict
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+
+benchmarks: $(READY)  ## each prints ratios measured in one run
+	for b in resample mining training_step evaluation pairs; do python -m benchmarks.$$b || exit 1; done
+
+# Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside.
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.txt
+	touch $@
+
+lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for every file
+	python -m pip install --quiet uv
+	uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --extra dev --no-emit-index-url \
+	  --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
+
+clean:  ## everything `make repro` made, the cache included; the synthetic corpus too
+	rm -rf data .dvc/cache .dvc/tmp
