@@ -1,0 +1,95 @@
+"""Waveform to time-frequency features and back. No learned weights; everything here is float32, autocast or not.
+
+Axes are frames then bins everywhere, as in PANNs, uss and AudioMAE. torch.stft has them the other way round;
+this is the one place that turns it.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+SAMPLE_RATE = 32000  # Hz, of every network here: PANNs and uss were trained at it
+
+# The log-mel front end of PANNs (Kong et al. 2020, arXiv:1912.10211, section IV).
+MEL_N_FFT = 1024
+MEL_HOP_LENGTH = 320  # samples: 10 ms
+N_MELS = 64
+MEL_F_MIN = 50.0  # Hz
+MEL_F_MAX = 14000.0  # Hz
+MEL_FLOOR = 1e-10  # power; log_mel is never below -100 dB
+
+
+def stft(waveform: Float[Tensor, "batch time"], *, n_fft: int, hop_length: int) -> Complex[Tensor, "batch frames bins"]:
+    """Short-time Fourier transform: periodic Hann of n_fft samples, centred with reflection, unnormalised.
+
+    Gives time // hop_length + 1 frames of n_fft // 2 + 1 bins. Raises ValueError for a waveform that is too short
+    to be reflected (n_fft // 2 samples or fewer).
+    """
+    if waveform.shape[-1] <= n_fft // 2:
+        raise ValueError(f"a waveform of {waveform.shape[-1]} samples is too short to reflect {n_fft // 2} at its ends")
+    with torch.autocast(waveform.device.type, enabled=False):
+        waveform = waveform.float()
+        window = torch.hann_window(n_fft, device=waveform.device)
+        spectrum = torch.stft(waveform, n_fft, hop_length, window=window, center=True, return_complex=True)
+    return spectrum.transpose(1, 2)
+
+
+def istft(
+    spectrum: Complex[Tensor, "batch frames bins"], *, n_fft: int, hop_length: int, length: int
+) -> Float[Tensor, "batch time"]:
+    """The first `length` samples of the least-squares inverse of `stft` (Griffin and Lim 1984, eq. 6)."""
+    with torch.autocast(spectrum.device.type, enabled=False):
+        window = torch.hann_window(n_fft, device=spectrum.device)
+        return torch.istft(spectrum.transpose(1, 2), n_fft, hop_length, window=window, center=True, length=length)
+
+
+def magnitude(spectrum: Complex[Tensor, "*batch frames bins"]) -> Float[Tensor, "*batch frames bins"]:
+    """|spectrum|, at least 1e-5: uss clamps the power at 1e-10, which keeps the root's gradient finite in silence."""
+    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-10).sqrt()
+
+
+def _hz_to_mel(hz: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Slaney's mel scale (Auditory Toolbox, 1998): 3 mel per 200 Hz up to 1 kHz, then 27 mel per factor of 6.4."""
+    return torch.where(
+        hz < 1000, 3 * hz / 200, 15 + 27 * torch.log(hz.clamp(min=1e-9) / 1000) / torch.tensor(6.4).log()
+    )
+
+
+def _mel_to_hz(mel: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return torch.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+@lru_cache(maxsize=8)
+def mel_filters(*, n_fft: int, n_mels: int, f_min: float, f_max: float, sample_rate: int) -> Float[Tensor, "bins mels"]:
+    """Triangles of unit area (per Hz) between neighbouring points of the mel scale: librosa's default filter bank.
+
+    Computed in float64 and returned in float32, on the CPU. The tensor is shared between calls: do not write to it.
+    """
+    ends = _hz_to_mel(torch.tensor([f_min, f_max], dtype=torch.float64))
+    corners = _mel_to_hz(torch.linspace(float(ends[0]), float(ends[1]), n_mels + 2, dtype=torch.float64))
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    low, centre, high = corners[:-2], corners[1:-1], corners[2:]
+    triangles = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
+
+
+def log_mel(waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
+    """PANNs' features at 32 kHz, in dB: 10 log10 of the mel-filtered power, 100 frames a second, 64 mels.
+
+    Equal to torchlibrosa's Spectrogram and LogmelFilterBank (top_db None), which do the transform as a convolution.
+    """
+    spectrum = stft(waveform, n_fft=MEL_N_FFT, hop_length=MEL_HOP_LENGTH)
+    with torch.autocast(waveform.device.type, enabled=False):
+        filters = mel_filters(
+            n_fft=MEL_N_FFT, n_mels=N_MELS, f_min=MEL_F_MIN, f_max=MEL_F_MAX, sample_rate=SAMPLE_RATE
+        ).to(waveform.device)
+        power = spectrum.real.square() + spectrum.imag.square()
+        return 10 * torch.log10((power @ filters).clamp(min=MEL_FLOOR))
+
+
+def pad_to(waveform: Float[Tensor, "batch time"], samples: int) -> Float[Tensor, "batch padded"]:
+    """Silence appended up to `samples`; a waveform that is long enough comes back as it is."""
+    return F.pad(waveform, (0, max(0, samples - waveform.shape[-1])))
