@@ -1,0 +1,131 @@
+"""Where clips come from. The folder is the registry: `data.source: esc50` in params.yaml is datasets/esc50.py.
+
+A dataset is a module with
+
+    def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]
+
+which yields the clips of one subset sorted by clip_id, those without audio included (path None). A mistake in the
+metadata raises ValueError naming the file and the line. What was met and passed over is added to `counts`.
+
+A dataset that makes its own files has, besides, `class Options(Params)`, its own section of params.yaml, and
+
+    def prepare(root: Path, options: Options) -> None
+
+which brings them about under `root`: it does nothing when they are there, and continues after a kill.
+"""
+
+import importlib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from pipeline import ontology
+
+logger = logging.getLogger(__name__)
+
+CLIP_ID = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+
+# Containers that soundfile, or torchcodec or ffmpeg where present, can open; of two files of one clip the first
+# in this order is taken.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mkv")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A weakly labelled excerpt: what is in it, not when."""
+
+    clip_id: str
+    """[A-Za-z0-9_-]+, unique in its subset. The key of a WebDataset sample: a dot would cut it."""
+
+    labels: tuple[str, ...]
+    """Mids of the 527 classes, without repetition, sorted by class index; at least one."""
+
+    path: str | None
+    """Relative to the root, with /; None: listed, but its audio is not there. It may name something that is not
+    a regular file (a link, a pipe): whoever opens it looks first (lstat)."""
+
+    start_seconds: float
+    end_seconds: float
+    """The excerpt's place in the recording that it was cut from."""
+
+    recording: str
+    """That recording. Two clips of one recording must not lie in train and in eval."""
+
+    def __post_init__(self) -> None:
+        if not CLIP_ID.fullmatch(self.clip_id):
+            raise ValueError(f"clip id {self.clip_id!r} holds other than letters, digits, _ and -")
+        if not self.labels:
+            raise ValueError(f"clip {self.clip_id!r} has no label")
+
+
+def load(source: str) -> ModuleType:
+    """The dataset of this name. ValueError with the known ones for another."""
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    if source not in known:
+        raise ValueError(f"no dataset {source!r}; there are {known}")
+    return importlib.import_module(f"{__name__}.{source}")
+
+
+def labels_of(mids: Iterable[str], where: str, counts: Counter[str]) -> tuple[str, ...]:
+    """The classes among `mids`, once each, by class index.
+
+    A node of the ontology that is not one of the 527 (FSD50K has some) is left out and counted. What is no node
+    at all is a slip of somebody's pen, and an error at `where`: a class must not lose its clips to a typo.
+    """
+    known = set()
+    for mid in mids:
+        if ontology.is_class(mid):
+            known.add(mid)
+        elif ontology.is_node(mid):
+            counts["labels_outside_the_527"] += 1
+        else:
+            raise ValueError(f"{where}: {mid!r} is not a label of AudioSet (a mid such as '/m/09x0r')")
+    return tuple(sorted(known, key=lambda mid: ontology.class_of(mid).index))
+
+
+def root_of(root: Path, expected: str) -> Path:
+    """`root`, if it is a folder. FileNotFoundError or NotADirectoryError says what should lie there otherwise."""
+    if not root.exists():
+        raise FileNotFoundError(f"data.root {str(root)!r} does not exist; it should hold {expected}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"data.root {str(root)!r} is not a folder; it should hold {expected}")
+    return root
+
+
+def walk(root: Path, counts: Counter[str], folder: str = "") -> Iterator[tuple[str, bool]]:
+    """Every entry with an audio suffix under `root`/`folder`: its path relative to root, and is it a regular file.
+
+    One scandir per folder and no stat, sorted. Links are never followed, whatever they lead to; a link, a pipe or
+    a folder called `x.wav` comes out as not regular. Hidden entries are not looked at.
+    """
+    todo = [folder]
+    while todo:
+        inside = todo.pop()
+        try:
+            with os.scandir(root / inside) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except PermissionError:
+            logger.warning("%s: no permission to look inside", root / inside)
+            counts["unreadable_folders"] += 1
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = f"{inside}/{entry.name}" if inside else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                todo.append(path)
+            elif entry.is_symlink():
+                counts["links_not_followed"] += 1
+            if os.path.splitext(entry.name)[1].lower() not in AUDIO_SUFFIXES:
+                continue
+            # Control characters and bytes that are no UTF-8 would not survive the manifest.
+            if not path.isprintable():
+                logger.warning("%r: the name cannot be written down; passed over", path)
+                counts["unprintable_names"] += 1
+                continue
+            yield path, entry.is_file(follow_symlinks=False)
