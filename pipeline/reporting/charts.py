@@ -1,0 +1,229 @@
+"""The charts of the report as SVG, and spectrograms as images. The same numbers give the same bytes.
+
+Colours are fixed hex values in the files. `themed` exchanges them for the CSS variables of the page, so that one
+drawing serves as a file under reports/ and, light or dark, in the page.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
+# Okabe and Ito's colours, told apart also with colour-blind eyes.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+PAPER, INK, MUTED, GRID = "#fefefe", "#1f2329", "#6b7280", "#dfe3e8"
+_VARIABLES = {PAPER: "var(--card)", INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
+_VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "report",  # element ids would be random otherwise
+    "svg.fonttype": "none",  # text stays text: a tenth of the size, searchable, in the page's font
+    "text.parse_math": False,  # a class may have a $ in its name
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": PAPER,
+    "legend.frameon": False,
+}
+MAX_NAMED_CLASSES = 60  # more rows than this and the names no longer fit: a profile of ranks is drawn instead
+
+
+def class_chart(per_class: pd.DataFrame) -> str:
+    """Median SDRi of every class with its interval, per model and query, sorted by the first model's average query.
+
+    `per_class` as of `statistics.summarise`. Up to 60 classes are named; beyond, the classes are ranks.
+    """
+    lines = list(dict.fromkeys(zip(per_class["model"], per_class["query"], strict=True)))
+    first = per_class[(per_class["model"] == lines[0][0]) & (per_class["query"] == lines[0][1])]
+    order = first.sort_values(["sdri_median", "class_index"], na_position="first")["class_index"].tolist()
+    names = dict(zip(first["class_index"], first["class_name"], strict=True))
+    named = len(order) <= MAX_NAMED_CLASSES
+    models = list(dict.fromkeys(per_class["model"]))
+    with matplotlib.rc_context(_STYLE):
+        height = 1.1 + (0.16 + 0.06 * len(lines)) * len(order) if named else 4.0
+        figure = Figure(figsize=(7.2, height), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (model, query) in enumerate(lines):
+            rows = per_class[(per_class["model"] == model) & (per_class["query"] == query)]
+            rows = rows.set_index("class_index").reindex(order)
+            colour = SERIES[models.index(model) % len(SERIES)]
+            label = f"{model}, {query} query"
+            point, low, high = (rows[f"sdri_median{end}"].to_numpy(float) for end in ("", "_ci_lo", "_ci_hi"))
+            filled = query == lines[0][1]
+            if named:
+                # Entries of one class lie below one another, the first on top.
+                at = np.arange(len(order)) - 0.6 * ((i + 0.5) / len(lines) - 0.5)
+                axes.hlines(at, low, high, color=colour, linewidth=1.4, alpha=0.55)
+                face = colour if filled else PAPER
+                axes.plot(point, at, "o", markersize=4.5, color=colour, markerfacecolor=face, label=label)
+            else:
+                rank = np.arange(len(order), 0, -1)
+                axes.fill_between(rank, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(rank, point, color=colour, linewidth=1.1, linestyle="-" if filled else ":", label=label)
+        (axes.axvline if named else axes.axhline)(0, color=MUTED, linewidth=0.9)
+        if named:
+            axes.set_yticks(np.arange(len(order)), [plain(str(names[index])) for index in order])
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="y", visible=False)
+            axes.set_ylim(-0.7, len(order) - 0.3)
+            axes.set_xlabel("SDRi, dB: median of the class and its 95 % interval")
+        else:
+            axes.set_xlabel("class, by rank of the first line")
+            axes.set_ylabel("SDRi, dB: median of the class")
+        _legend_above(axes, len(lines))
+        return _svg(figure)
+
+
+def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
+    """Loss (every logged value faint, running median bold) and learning rate against the step, per model."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        drawn = 0
+        for i, (model, curve) in enumerate(curves.items()):
+            if curve.empty or not {"step", "loss"} <= set(curve.columns):
+                continue
+            colour, drawn = SERIES[i % len(SERIES)], drawn + 1
+            # A path of 60,000 points would weigh megabytes; 400 are more than the eye resolves here.
+            thin = curve.iloc[:: max(1, len(curve) // 400)]
+            smooth = curve["loss"].rolling(max(1, len(curve) // 25), center=True, min_periods=1).median()
+            axes.plot(thin["step"], thin["loss"], color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(thin["step"], smooth.loc[thin.index], color=colour, linewidth=1.6, label=plain(model))
+        if drawn == 0:
+            _nothing(axes, "no training curve")
+        else:
+            if min(float(c["loss"].min()) for c in curves.values() if "loss" in c and len(c)) > 0:
+                axes.set_yscale("log")
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel("loss")
+            _legend_above(axes, drawn)
+        return _svg(figure)
+
+
+def purity_chart(purity: Mapping[str, Float[np.ndarray, " anchors"]]) -> str:
+    """Share of the anchors of each split by purity: 1 minus the best other label's score in the window."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        edges = np.linspace(0, 1, 21)
+        present = {split: values[~np.isnan(values)] for split, values in purity.items()}
+        present = {split: values for split, values in present.items() if values.size}
+        for i, (split, values) in enumerate(present.items()):
+            share = 100 * np.histogram(np.clip(values, 0, 1), edges)[0] / values.size
+            axes.stairs(
+                share, edges, color=SERIES[i % len(SERIES)], linewidth=1.6, label=f"{plain(split)} ({values.size})"
+            )
+        if present:
+            axes.set_xlim(0, 1)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("purity of the anchor")
+            axes.set_ylabel("% of the anchors")
+            _legend_above(axes, len(present))
+        else:
+            _nothing(axes, "no anchors")
+        return _svg(figure)
+
+
+def themed(svg: str, label: str) -> str:
+    """The drawing as an inline element: colours by CSS variable, size by the page, `label` read to the blind.
+
+    `label` must be free of markup; the names inside the drawing were escaped by matplotlib.
+    """
+    body = svg[svg.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, variable)
+    # ids are referenced inside each drawing, and several drawings share the page
+    prefix = re.sub(r"\W", "", label)
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', body, count=1
+    )
+
+
+def plain(text: str) -> str:
+    """Text without the control characters that XML cannot hold."""
+    return "".join(c for c in text if c.isprintable())
+
+
+def _legend_above(axes: Axes, entries: int) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(entries, 3), borderaxespad=0.2, handlelength=1.4
+    )
+
+
+def _nothing(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=MUTED, transform=axes.transAxes)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+# ------------------------------------------------------------------------------------------- spectrograms
+
+N_BANDS = 112
+RANGE_DB = 70.0
+
+
+def log_spectrogram(waveform: Float[np.ndarray, " time"], sample_rate: int) -> Float[np.ndarray, "bands frames"]:
+    """Power in dB, in bands spaced as on the mel scale from 0 to half the sample rate, 10 ms apart.
+
+    For the eye: each band is the strongest bin in it, so that thin partials stay visible.
+    """
+    n_fft = 2048
+    hop = max(1, sample_rate // 100)
+    padded = np.pad(waveform.astype(np.float64), n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
+    power = np.abs(np.fft.rfft(frames * np.hanning(n_fft), axis=1)) ** 2  # (frames, bins)
+    mel = np.linspace(0, 2595 * np.log10(1 + sample_rate / 2 / 700), N_BANDS + 1)
+    edges = np.round(700 * (10 ** (mel / 2595) - 1) * n_fft / sample_rate).astype(int)
+    bands = [power[:, low : max(high, low + 1)].max(axis=1) for low, high in itertools.pairwise(edges)]
+    return 10 * np.log10(np.maximum(np.stack(bands), 1e-12))
+
+
+def spectrogram_images(spectrograms: Sequence[Float[np.ndarray, "bands frames"]]) -> list[bytes]:
+    """WebP images, low bands at the bottom, on one scale: from the loudest point of them all 70 dB down."""
+    top = max(float(s.max()) for s in spectrograms)
+    images = []
+    for spectrogram in spectrograms:
+        buffer = io.BytesIO()
+        # WebP takes 4 kB where PNG takes 25: noise does not compress without loss.
+        imsave(
+            buffer,
+            spectrogram[::-1],
+            vmin=top - RANGE_DB,
+            vmax=top,
+            cmap="magma",
+            format="webp",
+            pil_kwargs={"quality": 60, "method": 6},
+        )
+        images.append(buffer.getvalue())
+    return images
