@@ -58,7 +58,7 @@ def level_ratio(
     target_energy: Float[Array, "*batch"], interferer_energy: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """The gain that brings the interferer to the target's energy, before it is bounded."""
-    return (target_energy / interferer_energy.clip(SILENT_ENERGY)) ** 0.5
+    return _library(target_energy).sqrt(target_energy / interferer_energy.clip(SILENT_ENERGY))
 
 
 def energy_gain(
