@@ -1,0 +1,377 @@
+"""What every stage needs of the machine: one run at a time, a clean end, atomic files, and a place to resume from.
+
+A stage's main() is
+
+    with running("resample_train", args.out):
+        scratch = scratch_dir("resample_train", fingerprint(params, args.manifest))
+        ...                       # work in `scratch`; a run that is killed finds its finished parts there
+        publish(assembled, args.out)
+        shutil.rmtree(scratch)
+
+The stage's name carries its item ("resample_train", not "resample"): locks, timings and scratch are kept by that name.
+DVC removes a stage's outputs before it runs, so nothing here lives inside them: locks and scratch are under
+`data/scratch` of the repository (`$DVC_ROOT`, which stays the same in a temporary experiment's workspace).
+
+This module must not import torch: the workers that resample load it, and torch costs each 0.7 GB and seconds.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2  # linux/prctl.h
+_NUMERIC_LIBRARIES = ("numpy", "scipy", "soundfile", "soxr", "torch")
+_held: dict[Path, int] = {}  # lock file -> descriptor; this process holds each of them
+
+
+class AlreadyRunning(RuntimeError):
+    """Another live process works on the same output or the same scratch directory."""
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file that is there whole or not at all: written beside, synced to disk, renamed.
+
+    The temporary name is fixed (`.<name>.tmp`), so what a killed run leaves is overwritten by the next one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whose bytes depend on the value alone: sorted keys, a newline at the end, NaN refused (ValueError)."""
+    write_atomic(path, json.dumps(value, sort_keys=True, allow_nan=False, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below a directory, and the directories, to disk."""
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole directory; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a finished file a second name, by a hard link where the file system allows, so that the first one stays."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def publish(directory: Path, out: Path) -> None:
+    """Make `directory` the output `out`: synced, then renamed; what `out` was before is removed.
+
+    A reader sees the old directory, none, or the whole new one. Between file systems the content is first copied
+    beside `out`.
+    """
+    directory, out = Path(directory), Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old, new = out.with_name(f".{out.name}.old"), out.with_name(f".{out.name}.new")
+    remove(old)
+    remove(new)
+    sync_tree(directory)
+    if os.stat(directory).st_dev != os.stat(out.parent).st_dev:
+        shutil.copytree(directory, new)
+        sync_tree(new)
+    else:
+        os.rename(directory, new)
+    if out.is_symlink() or out.exists():
+        os.rename(out, old)
+    os.rename(new, out)
+    sync(out.parent)
+    remove(old)
+    remove(directory)
+
+
+# ------------------------------------------------------------------------------------------------ identity
+
+
+def fingerprint(*things: BaseModel | Path | str | int | float | None) -> str:
+    """Name of a run: equal when the params, the input files and the code are, so its unfinished work can be used.
+
+    Params count by their JSON, paths by the content of the file, everything else by its repr; the code is the source
+    of the `pipeline` modules loaded at the time of the call (call it in main, after the imports). The versions of the
+    libraries that compute the numbers count too. Never pass what may change freely: worker counts, dates, a directory.
+    """
+    digest = hashlib.sha256()
+
+    def add(kind: str, content: bytes) -> None:
+        digest.update(f"{kind} {len(content)}\n".encode())  # lengths, so that neighbours cannot run into each other
+        digest.update(content)
+
+    for thing in things:
+        if isinstance(thing, BaseModel):
+            add("params", json.dumps(thing.model_dump(mode="json"), sort_keys=True).encode())
+        elif isinstance(thing, Path):
+            add("file", bytes.fromhex(sha256_file(thing)))
+        elif thing is None or isinstance(thing, str | int | float):
+            add("value", repr(thing).encode())
+        else:
+            raise TypeError(f"a run cannot be named by a {type(thing).__name__}: pass params, a file's Path or a str")
+    for name, source in sorted(_loaded_sources().items()):
+        add(name, source.read_bytes())
+    for name in _NUMERIC_LIBRARIES:
+        add(name, _version(name).encode())
+    return digest.hexdigest()[:32]
+
+
+def _loaded_sources() -> dict[str, Path]:
+    package = __name__.partition(".")[0]
+    sources = {}
+    for name, module in list(sys.modules.items()):
+        name = import_name(module) if name == "__main__" else name
+        file = getattr(module, "__file__", None)
+        if (name == package or name.startswith(f"{package}.")) and file and Path(file).is_file():
+            sources[name] = Path(file)
+    return sources
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def import_name(module: ModuleType) -> str:
+    """Name by which another process can import the module: `python -m a.b` runs a.b under the name `__main__`."""
+    spec = getattr(module, "__spec__", None)
+    return spec.name if spec is not None else module.__name__
+
+
+# ------------------------------------------------------------------------------------------- places, locks
+
+
+def _root() -> Path:
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
+
+
+def scratch_dir(stage: str, fingerprint: str, keep: int = 1) -> Path:
+    """Directory for the resumable state of one run, `data/scratch/<stage>/<fingerprint>`, locked by this process.
+
+    Of the stage's other runs the `keep` most recently used stay, so that a training that was killed is still there
+    after one experiment with other params; older ones are removed, unless a live process holds them.
+    The lock is released when `running` ends, or with the process. The stage deletes the directory once it has
+    published.
+    """
+    _check_name(stage)
+    directory = _root() / "data" / "scratch" / stage / fingerprint
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _acquire(_lock_beside(directory), f"another run of {stage} with the same inputs")
+    directory.mkdir(exist_ok=True)
+    others = [path for path in directory.parent.glob("*.lock") if path != _lock_beside(directory)]
+    for lock in (
+        sorted(others, key=lambda path: path.stat().st_mtime_ns)[: len(others) - keep or None] if others else []
+    ):
+        try:
+            _acquire(lock, "")
+        except AlreadyRunning:
+            continue
+        remove(lock.with_suffix(""))
+        _release(lock, delete=True)
+    return directory
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a scratch directory; nothing more happens where this process holds it already."""
+    lock = _lock_beside(directory.absolute())
+    if lock in _held:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    _acquire(lock, f"another run working in {directory}")
+    try:
+        yield
+    finally:
+        _release(lock, delete=True)
+
+
+def _lock_beside(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_@-]+", name):
+        raise ValueError(f"{name!r} is not a stage's name: letters, digits, _, @ and - only")
+
+
+def _acquire(lock: Path, what: str) -> None:
+    if lock in _held:
+        if what.startswith("another run of"):
+            return
+        raise AlreadyRunning(f"{what} is this very process")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise AlreadyRunning(f"{what} is alive: {owner or 'pid unknown'} (lock {lock})") from None
+        try:
+            same = os.path.samestat(os.stat(lock), os.fstat(descriptor))
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        os.close(descriptor)  # its last owner deleted it between our open and our lock: take the new one
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, {' '.join(sys.argv)}\n".encode(), 0)
+    _held[lock] = descriptor
+
+
+def _release(lock: Path, delete: bool = False) -> None:
+    descriptor = _held.pop(lock)
+    if delete:
+        lock.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    # A forked child (a data loader's worker) has a copy of each descriptor, and would keep the lock of a parent
+    # that was killed. Closing the copy leaves the parent's lock alone.
+    for descriptor in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+# ------------------------------------------------------------------------------------------------- process
+
+
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send us `signum` when our parent dies. Does nothing where there is no prctl (not Linux).
+
+    `dvc repro` that is killed leaves its stage running, and a second one starts beside it on the same files.
+    """
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if sys.platform == "linux" and os.getppid() != parent:  # it died before the kernel knew
+        os.kill(os.getpid(), signum)
+
+
+def _prctl(option: int, argument: Any) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one does not wait for the clean-up
+    raise SystemExit(128 + signum)
+
+
+@contextmanager
+def running(stage: str, out: Path) -> Iterator[None]:
+    """Run a stage: logging on, alone on `out`, ended by SIGTERM or its parent's death as by an exception.
+
+    Raises AlreadyRunning, naming the other process, when another one works on `out`. Writes what the stage took to
+    data/timings/<stage>.json once it has succeeded: seconds, and the peak memory of this process and of its largest
+    child in bytes.
+    """
+    _check_name(stage)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    locks = _root() / "data" / "scratch" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    where = hashlib.sha256(os.fsencode(Path(out).resolve())).hexdigest()[:16]
+    before = set(_held)
+    lock = locks / f"{Path(out).name}-{where}.lock"
+    _acquire(lock, f"another process that writes {out}")
+    start = time.monotonic()
+    try:
+        with _ended_by_signals():
+            yield
+    finally:
+        for held in set(_held) - before:
+            _release(held, delete=held == lock or not held.with_suffix("").exists())
+    seconds = time.monotonic() - start
+    peak, peak_child = (
+        resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    timing = {"seconds": round(seconds, 3), "peak_rss_bytes": peak, "peak_rss_child_bytes": peak_child}
+    write_json(Path("data") / "timings" / f"{stage}.json", timing)
+    logger.info("%s: %.1f s, %.0f MB", stage, seconds, peak / 1e6)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143), and comes also when the parent dies; as before afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    previous_death = ctypes.c_int(0)
+    _prctl(_PR_GET_PDEATHSIG, ctypes.byref(previous_death))
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    die_with_parent(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_PDEATHSIG, previous_death.value)
+        signal.signal(signal.SIGTERM, previous)
