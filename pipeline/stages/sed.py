@@ -1,0 +1,258 @@
+"""Stage sed: the sound event detector that says *when* a clip's label sounds, and the query encoder.
+
+With `weights` (PANNs Cnn14_DecisionLevelMax) and `query_weights` (Cnn14) the published networks are checked and
+converted. Without, a small network of the same family is trained here on the weak labels of the train split and plays
+the missing part. Either way the stage reports the detector's mean average precision on the eval split.
+
+    data/clips/train ──(log-mel, once)──> small network ──┐
+    *.pth ──(size, sha256, weights_only)──────────────────┴──> <out>/detector, <out>/query ──> mAP on data/clips/eval
+"""
+
+import argparse
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from pipeline import panns
+from pipeline.config import Params, load_params
+from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
+from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
+from pipeline.ontology import class_of, classes
+from pipeline.panns import Detector, SmallCnn
+from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_json
+from pipeline.shards import ClipReader
+from pipeline.training import build_optimizer, choose_device, fit, learning_rate_factor
+from pipeline.weights import load_panns
+
+log = logging.getLogger(__name__)
+
+SILENCE_DB = 10 * float(np.log10(MEL_FLOOR))
+CLIPS_PER_BATCH = 8  # of inference; the network sees each clip by itself, so it changes nothing but the speed
+
+
+class AudioParams(Params):
+    """`audio:` in params.yaml."""
+
+    sample_rate: int = Field(gt=0)
+    clip_seconds: float = Field(gt=0)
+    segment_seconds: float = Field(gt=0)
+
+
+class SedParams(Params):
+    """`sed:` in params.yaml."""
+
+    weights: str | None
+    weights_sha256: str | None
+    query_weights: str | None
+    query_weights_sha256: str | None
+    seed: int = Field(ge=0)
+    channels: list[int] = Field(min_length=1)
+    embedding_dim: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    mixup: float = Field(ge=0, le=1)
+    gain_db: float = Field(ge=0)
+    device: Literal["auto", "cpu", "cuda"]
+
+    @model_validator(mode="after")
+    def _checked_weights(self) -> "SedParams":
+        for name in ("weights", "query_weights"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_sha256") is None:
+                raise ValueError(f"{name} is given without {name}_sha256: the file is checked before it is opened")
+        return self
+
+
+class WeakLabels:
+    """Log-mels and weak labels of a split's clips; the log-mels lie in a file, as many as there may be.
+
+    log_mel  (clips, frames, mels) float16, in dB; what is behind the end of a short clip is silence
+    labels   (clips, classes) bool, in the order of `class_indices`
+    """
+
+    def __init__(self, clips: ClipReader, class_indices: list[int], file: Path, *, clip_samples: int) -> None:
+        column = {index: j for j, index in enumerate(class_indices)}
+        self.clip_ids = list(clips.clips)
+        self.labels = np.zeros((len(self.clip_ids), len(class_indices)), bool)
+        for i, clip_id in enumerate(self.clip_ids):
+            for mid in clips.clips[clip_id].labels:
+                if (index := class_of(mid).index) in column:
+                    self.labels[i, column[index]] = True
+        n_frames = clip_samples // MEL_HOP_LENGTH + 1
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.log_mel = np.lib.format.open_memmap(
+            file, mode="w+", dtype=np.float16, shape=(len(self.clip_ids), n_frames, N_MELS)
+        )
+        network = SmallCnn(class_indices=[0], channels=[1], embedding_dim=1)  # its front end
+        with torch.inference_mode():
+            for i, waveform in enumerate(waveforms(clips, clip_samples)):
+                self.log_mel[i] = network.log_mel(waveform[None])[0, :n_frames].numpy()
+
+    def batch(
+        self, n: int, *, size: int, seed: int, mixup: float, gain_db: float
+    ) -> tuple[Float[Tensor, "batch frames mels"], Float[Tensor, "batch classes"]]:
+        """Batch n, a pure function of (seed, n): a class, then a clip that carries it, each with equal chances.
+
+        Augmented by rolling in time, by a gain within +-gain_db, and with probability `mixup` by adding another item's
+        power: a mixture carries the labels of both.
+        """
+        rng = np.random.default_rng([seed, n])
+        present = np.flatnonzero(self.labels.any(axis=0))
+        rows = np.array([rng.choice(np.flatnonzero(self.labels[:, j])) for j in rng.choice(present, size)])
+        shifts = rng.integers(self.log_mel.shape[1], size=size)
+        log_mel = torch.from_numpy(
+            np.stack([np.roll(self.log_mel[row], shift, axis=0) for row, shift in zip(rows, shifts, strict=True)])
+        ).float()
+        labels = torch.from_numpy(self.labels[rows]).float()
+        log_mel += torch.from_numpy(rng.uniform(-gain_db, gain_db, size)).float()[:, None, None]
+        mixed = torch.from_numpy(rng.random(size) < mixup)
+        # 10 log10(10^(a/10) + 10^(b/10))
+        other = torch.logaddexp(log_mel * np.log(10) / 10, log_mel.roll(1, 0) * np.log(10) / 10) * 10 / np.log(10)
+        log_mel = torch.where(mixed[:, None, None], other, log_mel).clamp(min=SILENCE_DB)
+        labels = torch.where(mixed[:, None], torch.maximum(labels, labels.roll(1, 0)), labels)
+        return log_mel, labels
+
+
+def waveforms(clips: ClipReader, clip_samples: int) -> Iterator[Float[Tensor, " time"]]:
+    """Every clip in the reader's order, cut or padded with silence to one length."""
+    for clip_id in clips.clips:
+        waveform = torch.from_numpy(clips.waveform(clip_id)[:clip_samples])
+        yield F.pad(waveform, (0, clip_samples - len(waveform)))
+
+
+def train_small(
+    clips: ClipReader, params: SedParams, *, clip_samples: int, scratch: Path, curve: Path
+) -> SmallCnn:
+    """Train the small network on the weak labels of `clips`; its classes are those that occur there."""
+    class_indices = sorted({class_of(mid).index for clip in clips.clips.values() for mid in clip.labels})
+    data = WeakLabels(clips, class_indices, scratch / "log_mel.npy", clip_samples=clip_samples)
+    torch.manual_seed(params.seed)
+    network = SmallCnn(class_indices=class_indices, channels=params.channels, embedding_dim=params.embedding_dim)
+    device = choose_device(params.device)
+    network.to(device)
+
+    def load(n: int) -> tuple[Tensor, Tensor]:
+        return data.batch(n, size=params.batch_size, seed=params.seed, mixup=params.mixup, gain_db=params.gain_db)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        log_mel, labels = (tensor.to(device) for tensor in batch)
+        return F.binary_cross_entropy_with_logits(network(log_mel), labels)
+
+    warmup = [[0.0, 0.1], [float(params.warmup_steps), 1.0]] if params.warmup_steps else [[0.0, 1.0]]
+    fit(
+        network,
+        build_optimizer("adam", network.parameters(), params.learning_rate),
+        load,
+        loss,
+        steps=params.steps,
+        learning_rate=lambda n: learning_rate_factor(n, warmup=warmup, decay="cosine", steps=params.steps),
+        gradient_clip=0.0,
+        seed=params.seed,
+        describe=lambda n: f"number {n} of seed {params.seed}",
+        scratch=scratch,
+        curve=curve,
+        log_every_steps=10,
+        checkpoint_every_seconds=60,
+    )
+    return network.cpu()
+
+
+def mean_average_precision(detector: Detector, clips: ClipReader, *, clip_samples: int) -> dict[str, Any]:
+    """mAP of the clip-wise maximum over the classes that occur in `clips` and that the detector knows.
+
+    `unknown_classes` are those that occur but that it does not know.
+    """
+    device = next(p.device for p in detector.parameters())
+    scores, batch = list[NDArray[np.float32]](), list[Tensor]()
+    total = len(clips.clips)
+    with torch.inference_mode():
+        for number, waveform in enumerate(waveforms(clips, clip_samples), start=1):
+            batch.append(waveform)
+            if len(batch) == CLIPS_PER_BATCH or number == total:
+                probability = detector.framewise_probability(torch.stack(batch).to(device))
+                scores.append(probability.amax(dim=1).cpu().numpy())
+                batch = []
+    score = np.concatenate(scores)
+    labels = [{class_of(mid).index for mid in clip.labels} for clip in clips.clips.values()]
+    occurring = sorted(set().union(*labels))
+    known = [j for j in occurring if j in detector.class_indices]
+    if not known:
+        raise ValueError("the detector knows none of the classes of the eval split")
+    truth = np.array([[j in present for j in known] for present in labels])
+    columns = [detector.class_indices.index(j) for j in known]
+    precision = [float(average_precision_score(truth[:, k], score[:, c])) for k, c in enumerate(columns)]
+    names = {c.index: c.name for c in classes()}
+    return {
+        "mean_average_precision": float(np.mean(precision)),
+        "average_precision": {names[j]: p for j, p in zip(known, precision, strict=True)},
+        "n_clips": total,
+        "n_classes": len(known),
+        "unknown_classes": [names[j] for j in occurring if j not in known],
+    }
+
+
+def sed(
+    train: Path, evaluation: Path, out: Path, curve: Path, *, audio: AudioParams, params: SedParams
+) -> dict[str, Any]:
+    """Write `<out>/detector` and `<out>/query`; return the detector's scores on the eval clips."""
+    if audio.sample_rate != NETWORK_SAMPLE_RATE:
+        raise ValueError(f"audio.sample_rate is {audio.sample_rate}; these networks hear {NETWORK_SAMPLE_RATE} Hz")
+    clip_samples = round(audio.clip_seconds * audio.sample_rate)
+    scratch = scratch_dir("sed", fingerprint(audio, params, train / "manifest.csv", evaluation / "manifest.csv"))
+    small: SmallCnn | None = None
+    if params.weights is None or params.query_weights is None:
+        clips = ClipReader(train, audio.sample_rate)
+        small = train_small(clips, params, clip_samples=clip_samples, scratch=scratch, curve=curve)
+    networks: dict[str, nn.Module] = {}
+    for part, weights, sha256, published in (
+        ("detector", params.weights, params.weights_sha256, panns.PannsDetector),
+        ("query", params.query_weights, params.query_weights_sha256, panns.PannsQueryEncoder),
+    ):
+        if weights is None:
+            assert small is not None
+            networks[part] = small
+        else:
+            assert sha256 is not None
+            networks[part] = published(load_panns(Path(weights), sha256=sha256))
+        panns.save(networks[part], scratch / "finished" / part)
+    detector = networks["detector"]
+    assert isinstance(detector, Detector)
+    detector.eval().to(choose_device(params.device))
+    summary = mean_average_precision(detector, ClipReader(evaluation, audio.sample_rate), clip_samples=clip_samples)
+    summary["detector"] = "small" if params.weights is None else Path(params.weights).name
+    summary["query"] = "small" if params.query_weights is None else Path(params.query_weights).name
+    publish(scratch / "finished", out)
+    shutil.rmtree(scratch)
+    return summary
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help="clips of the train split")
+    parser.add_argument("--eval", type=Path, required=True, dest="evaluation", help="clips of the eval split")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, required=True)
+    parser.add_argument("--curve", type=Path, required=True)
+    args = parser.parse_args()
+    audio, params = load_params("audio", AudioParams), load_params("sed", SedParams)
+    with running("sed", args.out):
+        summary = sed(args.train, args.evaluation, args.out, args.curve, audio=audio, params=params)
+        write_json(args.summary, summary)
+        log.info("mAP %.3f over %d classes", summary["mean_average_precision"], summary["n_classes"])
+
+
+if __name__ == "__main__":
+    main()

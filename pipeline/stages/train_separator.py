@@ -1,0 +1,194 @@
+"""Stage train_separator: train one entry of `separators:` to give back the queried one of two mixed anchors.
+
+The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III); the loss is L1 on the
+waveform. Anchors were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of
+(seed, n): a killed run goes on from its checkpoint to the weights it would have had.
+
+An entry with `weights` is not trained: a published checkpoint is checked, converted and written in the same form.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pipeline.anchors import AnchorIndex, AnchorReader
+from pipeline.config import Params, load_params
+from pipeline.losses import l1_loss
+from pipeline.mixing import PairsParams, energy, energy_gain, mix
+from pipeline.ontology import kin
+from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.sampling import PairStream
+from pipeline.separators import build, convert
+from pipeline.training import Optimizer, build_optimizer, choose_device, fit, learning_rate_factor
+from pipeline.weights import load_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class TrainParams(Params):
+    """`train:` in params.yaml."""
+
+    seed: int = Field(ge=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    optimizer: Optimizer
+    learning_rate: float = Field(gt=0)
+    warmup: list[list[float]] = Field(min_length=1)
+    decay: Literal["none", "cosine"]
+    gradient_clip: float = Field(ge=0)
+    precision: Literal["fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+    log_every_steps: int = Field(gt=0)
+    checkpoint_every_seconds: float = Field(gt=0)
+
+    @field_validator("warmup")
+    @classmethod
+    def _pieces(cls, warmup: list[list[float]]) -> list[list[float]]:
+        if any(len(piece) != 2 for piece in warmup) or [p[0] for p in warmup] != sorted(p[0] for p in warmup):
+            raise ValueError("warmup is a list of [from this step, x learning rate], in the order of the steps")
+        return warmup
+
+
+class SeparatorParams(Params):
+    """One entry of `separators:` in params.yaml."""
+
+    architecture: str
+    weights: str | None
+    weights_sha256: str | None
+    model: dict[str, Any]
+
+
+class Batches:
+    """Batch n of training, a pure function of (seed, n): mixtures, targets and queries, float32."""
+
+    def __init__(self, anchors: Path, pairs: PairsParams, *, seed: int, batch_size: int) -> None:
+        self.index = AnchorIndex.load(anchors)
+        self.reader = AnchorReader(anchors, self.index)
+        self.stream = PairStream(**self.index.pair_columns(), seed=seed, exclude=pairs.exclude, kin=kin)
+        self.pairs, self.batch_size = pairs, batch_size
+
+    def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(mixture (batch, time), target (batch, time), query (batch, query_dim)) of batch n."""
+        targets, interferers = self.stream.batch(n, self.batch_size)
+        target, interferer = (
+            torch.from_numpy(np.stack([self.reader.waveform(row) for row in rows])) for rows in (targets, interferers)
+        )
+        gain = energy_gain(
+            energy(target),
+            energy(interferer),
+            match_energy=self.pairs.match_energy,
+            min_gain=self.pairs.min_gain,
+            max_gain=self.pairs.max_gain,
+        )
+        mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
+        query = torch.from_numpy(np.stack([self.reader.query(row) for row in targets]))
+        return mixture, target, query
+
+    def describe(self, n: int) -> str:
+        """The anchors of batch n, for an error message."""
+        targets, interferers = self.stream.batch(n, self.batch_size)
+        return ", ".join(
+            f"{self.index.table['anchor'][t]} + {self.index.table['anchor'][i]}"
+            for t, i in zip(targets.tolist(), interferers.tolist(), strict=True)
+        )
+
+
+def train(
+    name: str, model: nn.Module, batches: Batches, params: TrainParams, *, scratch: Path, curve: Path
+) -> nn.Module:
+    """Fit `model` to the batches; the result is on the CPU."""
+    device = choose_device(params.device)
+    model.to(device)
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        mixture, target, query = (tensor.to(device, non_blocking=True) for tensor in batch)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+            estimate = model(mixture, query)
+        return l1_loss(estimate.float(), target).mean()
+
+    fit(
+        model,
+        build_optimizer(params.optimizer, model.parameters(), params.learning_rate),
+        batches.load,
+        loss,
+        steps=params.steps,
+        learning_rate=lambda n: learning_rate_factor(
+            n, warmup=params.warmup, decay=params.decay, steps=params.steps
+        ),
+        gradient_clip=params.gradient_clip,
+        seed=params.seed,
+        describe=batches.describe,
+        scratch=scratch,
+        curve=curve,
+        log_every_steps=params.log_every_steps,
+        checkpoint_every_seconds=params.checkpoint_every_seconds,
+    )
+    return model.cpu()
+
+
+def train_separator(
+    name: str, anchors: Path, out: Path, curve: Path, *, entry: SeparatorParams, params: TrainParams, pairs: PairsParams
+) -> dict[str, Any]:
+    """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
+    index = json.loads((anchors / "index.json").read_text())
+    query_dim = index["query_dim"]
+    torch.manual_seed(params.seed)
+    model = build(entry.architecture, query_dim=query_dim, **entry.model)
+    scratch = scratch_dir(
+        f"train_separator-{name}", fingerprint(entry, params, pairs, anchors / "index.parquet", anchors / "index.json")
+    )
+    if entry.weights is None:
+        batches = Batches(anchors, pairs, seed=params.seed, batch_size=params.batch_size)
+        log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
+        train(name, model, batches, params, scratch=scratch, curve=curve)
+    else:
+        published = load_checkpoint(Path(entry.weights), sha256=entry.weights_sha256)
+        model.load_state_dict(convert(entry.architecture, published))
+        write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
+    config = {
+        "architecture": entry.architecture,
+        "model": {**entry.model, "query_dim": query_dim},
+        "sample_rate": index["sample_rate"],
+        "segment_samples": index["segment_samples"],
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "steps": params.steps if entry.weights is None else 0,
+        "weights": entry.weights_sha256,
+    }
+    finished = scratch / "finished"
+    finished.mkdir(parents=True, exist_ok=True)
+    write_atomic(finished / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
+    write_json(finished / "config.json", config)
+    publish(finished, out)
+    shutil.rmtree(scratch)  # `dvc repro --force` must train again
+    return config
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="an entry of `separators:`")
+    parser.add_argument("--anchors", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--curve", type=Path, required=True)
+    args = parser.parse_args()
+    entry = load_params(f"separators.{args.name}", SeparatorParams)
+    params = load_params("train", TrainParams)
+    pairs = load_params("pairs", PairsParams)
+    with running(f"train_separator@{args.name}", args.out):
+        config = train_separator(
+            args.name, args.anchors, args.out, args.curve, entry=entry, params=params, pairs=pairs
+        )
+        log.info("%s: %s", args.name, config)
+
+
+if __name__ == "__main__":
+    main()

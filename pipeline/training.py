@@ -1,0 +1,184 @@
+"""The one training loop: steps, schedule, clipping, checkpoints and exact resume, log.
+
+A step is a pure function of its number: the batch comes from (seed, n), and so do the draws of layers such as
+dropout. That is what makes a resumed run equal to an uninterrupted one, bit for bit on a CPU.
+"""
+
+import csv
+import io
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.runtime import write_atomic
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Optimizer = Literal["adam", "adamw"]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one; a device asked for by name must be there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU; use device: auto or cpu")
+    return torch.device(name)
+
+
+def build_optimizer(name: Optimizer, parameters: Iterable[Any], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam as Zhao et al. say, or AdamW with amsgrad and no weight decay as Kong et al.'s code has it."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate)
+    return torch.optim.AdamW(parameters, lr=learning_rate, amsgrad=True, weight_decay=0.0)
+
+
+def learning_rate_factor(
+    step: int, *, warmup: Sequence[Sequence[float]], decay: Literal["none", "cosine"], steps: int
+) -> float:
+    """Multiple of the learning rate at `step`: piecewise constant [[from step, factor], ...], then constant or cosine.
+
+    Kong et al. train with x0.001, x0.01 and x0.1 for 10,000 steps each and x1 ever after. The cosine falls from the
+    start of the last piece to zero at `steps`.
+    """
+    start, factor = 0.0, 1.0
+    for first, value in warmup:
+        if step >= first:
+            start, factor = first, value
+    if decay == "cosine" and start == warmup[-1][0]:
+        progress = (step - start) / max(steps - start, 1)
+        factor *= 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64))))
+    return factor
+
+
+def prefetch(load: Callable[[int], T], steps: range, depth: int = 4) -> Iterator[T]:
+    """`load(n)` for each n in order, read ahead by one thread. An error in `load` is raised here."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        for n in steps:
+            try:
+                item: tuple[T | None, BaseException | None] = (load(n), None)
+            except BaseException as error:  # handed over to the consumer, which raises it
+                item = (None, error)
+            put(item)
+            if item[1] is not None or stop.is_set():
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            value, error = ready.get()
+            if error is not None:
+                raise error
+            yield value  # type: ignore[misc]  # None only beside an error
+    finally:
+        stop.set()
+        thread.join()
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    load: Callable[[int], T],
+    loss: Callable[[T], Tensor],
+    *,
+    steps: int,
+    learning_rate: Callable[[int], float],
+    gradient_clip: float,
+    seed: int,
+    describe: Callable[[int], str],
+    scratch: Path,
+    curve: Path,
+    log_every_steps: int,
+    checkpoint_every_seconds: float,
+) -> None:
+    """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
+
+    `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
+    of each parameter group's own rate. Raises FloatingPointError when the loss is not finite, naming the step and
+    `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    checkpoint = scratch / "checkpoint.pt"
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    step, rows = 0, list[dict[str, float]]()
+    window: list[tuple[float, float]] = []  # (loss, gradient norm) of the steps since the last row
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, rows, window = state["step"], state["rows"], state["window"]
+        log.info("resumed at step %d of %d", step, steps)
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        buffer = io.BytesIO()
+        torch.save({**state, "step": step, "rows": rows, "window": window}, buffer)
+        write_atomic(checkpoint, buffer.getvalue())
+
+    model.train()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    first, started, saved, said = step, time.monotonic(), time.monotonic(), time.monotonic()
+    bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step", leave=False)
+    for n, batch in zip(range(step, steps), prefetch(load, range(step, steps)), strict=True):
+        torch.manual_seed((seed << 32) + n)
+        factor = learning_rate(n)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(batch)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
+        value.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(trained, gradient_clip if gradient_clip > 0 else float("inf"))
+        optimizer.step()
+        window.append((value.item(), norm.item()))
+        bar.update()
+        if (n + 1) % log_every_steps == 0 or n + 1 == steps:
+            loss_mean, norm_mean = (sum(column) / len(window) for column in zip(*window, strict=True))
+            row = {
+                "step": n + 1,
+                "loss": loss_mean,
+                "gradient_norm": norm_mean,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+            }
+            rows.append(row)
+            window.clear()
+            bar.set_postfix(loss=f"{row['loss']:.4g}")
+            if bar.disable and (time.monotonic() - said > 30 or n + 1 == steps):
+                said = time.monotonic()
+                rate = (n + 1 - first) / (said - started)
+                log.info("step %d of %d: loss %.4g, %.2f steps/s", n + 1, steps, row["loss"], rate)
+        if time.monotonic() - saved > checkpoint_every_seconds and n + 1 < steps:
+            save(n + 1)
+            saved = time.monotonic()
+    bar.close()
+    model.eval()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["step", "loss", "gradient_norm", "learning_rate"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    write_atomic(curve, text.getvalue())
