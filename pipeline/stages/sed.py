@@ -132,9 +132,7 @@ def waveforms(clips: ClipReader, clip_samples: int) -> Iterator[Float[Tensor, " 
         yield F.pad(waveform, (0, clip_samples - len(waveform)))
 
 
-def train_small(
-    clips: ClipReader, params: SedParams, *, clip_samples: int, scratch: Path, curve: Path
-) -> SmallCnn:
+def train_small(clips: ClipReader, params: SedParams, *, clip_samples: int, scratch: Path, curve: Path) -> SmallCnn:
     """Train the small network on the weak labels of `clips`; its classes are those that occur there."""
     class_indices = sorted({class_of(mid).index for clip in clips.clips.values() for mid in clip.labels})
     data = WeakLabels(clips, class_indices, scratch / "log_mel.npy", clip_samples=clip_samples)

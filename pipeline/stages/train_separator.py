@@ -121,9 +121,7 @@ def train(
         batches.load,
         loss,
         steps=params.steps,
-        learning_rate=lambda n: learning_rate_factor(
-            n, warmup=params.warmup, decay=params.decay, steps=params.steps
-        ),
+        learning_rate=lambda n: learning_rate_factor(n, warmup=params.warmup, decay=params.decay, steps=params.steps),
         gradient_clip=params.gradient_clip,
         seed=params.seed,
         describe=batches.describe,
@@ -184,9 +182,7 @@ def main() -> None:
     params = load_params("train", TrainParams)
     pairs = load_params("pairs", PairsParams)
     with running(f"train_separator@{args.name}", args.out):
-        config = train_separator(
-            args.name, args.anchors, args.out, args.curve, entry=entry, params=params, pairs=pairs
-        )
+        config = train_separator(args.name, args.anchors, args.out, args.curve, entry=entry, params=params, pairs=pairs)
         log.info("%s: %s", args.name, config)
 
 
