@@ -112,6 +112,15 @@ class AnchorIndex:
         """Key of the anchor in this row."""
         return self.keys[row]
 
+    def pair_columns(self) -> dict[str, Any]:
+        """What the pair stream asks for: `PairStream(**index.pair_columns(), seed=..., exclude=..., kin=...)`."""
+        return {
+            "class_index": self.class_index,
+            "mids": self.mids,
+            "clip_ids": self.clip_ids,
+            "labels": self.labels,
+        }
+
     @cached_property
     def _row_of_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}

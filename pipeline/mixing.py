@@ -64,21 +64,17 @@ def level_ratio(
 def energy_gain(
     target_energy: Float[Array, "*batch"],
     interferer_energy: Float[Array, "*batch"],
-    pairs: PairsParams,
+    *,
+    match_energy: bool,
+    min_gain: float,
+    max_gain: float,
 ) -> Float[Array, "*batch"]:
     """The interferer's gain: `level_ratio` within [min_gain, max_gain]; one everywhere if `match_energy` is off.
 
     A silent target gives min_gain, not zero: the mixture is then the faint interferer, and the right answer silence.
     """
     ratio = level_ratio(target_energy, interferer_energy)
-    return ratio.clip(pairs.min_gain, pairs.max_gain) if pairs.match_energy else _library(ratio).ones_like(ratio)
-
-
-def mix_anchors(
-    target: Float[Array, "*batch time"], interferer: Float[Array, "*batch time"], pairs: PairsParams
-) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"], Float[Array, "*batch time"]]:
-    """`mix` with the gain that follows from the two waveforms."""
-    return mix(target, interferer, energy_gain(energy(target), energy(interferer), pairs), pairs.normalize)
+    return ratio.clip(min_gain, max_gain) if match_energy else _library(ratio).ones_like(ratio)
 
 
 def mix(

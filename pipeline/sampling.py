@@ -15,28 +15,16 @@ by asking for other j.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
-
-from pipeline import ontology
 
 Exclude = Literal["none", "label", "ontology"]
 
 # First word after the seed of every generator here. Without it a class' shuffles would repeat the permutations:
 # NumPy pads the words with zeros, so that [seed, p] and [seed, p, 0] are one generator.
 CLASS_ORDER, ANCHOR_ORDER = 0, 1
-
-
-@runtime_checkable
-class Anchors(Protocol):
-    """What the stream needs to know of each anchor, in any order: `anchors.AnchorIndex` has it."""
-
-    class_index: Int[np.ndarray, " anchors"]
-    mids: Sequence[str]  # the same class as AudioSet's id
-    clip_ids: Sequence[str]  # the clip it was cut from, which gives at most one anchor per class
-    labels: Sequence[str]  # all labels of that clip, mids joined by ;
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,12 @@ class Draw:
 
 
 class PairStream:
-    """The pair stream over an index of anchors.
+    """The pair stream over an index of anchors, given by its columns, one entry per anchor, in any order.
+
+    class_index   of the anchor
+    mids          the same class as AudioSet's id
+    clip_ids      the clip it was cut from, which gives at most one anchor per class
+    labels        all labels of that clip, mids joined by ;
 
     The interferer is always of another class and from another clip. Beyond that, its clip
     `none`      may carry anything: the target's own class too (in 24 % of the "Speech" pairs of Kong et al.);
@@ -62,41 +55,42 @@ class PairStream:
 
     def __init__(
         self,
-        index: Anchors,
+        class_index: Sequence[int] | Int[np.ndarray, " anchors"],
+        mids: Sequence[str],
+        clip_ids: Sequence[str],
+        labels: Sequence[str],
         *,
         seed: int,
         exclude: Exclude,
-        kin: Callable[[str], Collection[str]] = ontology.kin,
+        kin: Callable[[str], Collection[str]],
     ) -> None:
         # Sorted, so that the order of the index does not matter. From here on an anchor is its place in this order.
-        columns = (index.class_index.tolist(), index.clip_ids, index.mids, index.labels, range(len(index.mids)))
-        anchors = sorted(zip(*columns, strict=True))
+        anchors = sorted(zip(map(int, class_index), clip_ids, mids, labels, range(len(mids)), strict=True))
         self._row = [anchor[4] for anchor in anchors]
         self._clip = [anchor[1] for anchor in anchors]
         bits: dict[str, int] = {}
         masks: dict[str, int] = {}
-        for joined in index.labels:
+        for joined in labels:
             if joined not in masks:
                 masks[joined] = sum(bits.setdefault(mid, 1 << len(bits)) for mid in set(joined.split(";")))
         self._labels = [masks[anchor[3]] for anchor in anchors]  # a set of labels is the bits of one integer
         members: dict[int, list[int]] = {}
         names: dict[int, str] = {}
-        for place, (class_index, clip_id, mid, joined, _) in enumerate(anchors):
-            if not masks[joined] & bits.get(mid, 0) or names.setdefault(class_index, mid) != mid:
-                raise ValueError(f"anchor of class {class_index} ({mid}) from clip {clip_id!r} labelled {joined!r}")
-            others = members.setdefault(class_index, [])
-            if others and self._clip[others[-1]] == clip_id:
-                raise ValueError(f"clip {clip_id!r} has two anchors of class {class_index}")
+        for place, (index, clip_id, mid, joined, _) in enumerate(anchors):
+            if not masks[joined] & bits.get(mid, 0) or names.setdefault(index, mid) != mid:
+                raise ValueError(f"anchor of class {index} ({mid}) from clip {clip_id!r} labelled {joined!r}")
+            if (others := members.setdefault(index, [])) and self._clip[others[-1]] == clip_id:
+                raise ValueError(f"clip {clip_id!r} has two anchors of class {index}")
             others.append(place)
         self._classes = list(members)  # ascending; from here on a class is its place in this list
         self._members = list(members.values())
         self._seed = seed
         self._forbidden = []
-        for mid in map(names.__getitem__, self._classes):
-            forbidden = set() if exclude == "none" else {mid}
+        for index in self._classes:
+            forbidden = set() if exclude == "none" else {names[index]}
             if exclude == "ontology":
-                forbidden.update(kin(mid))
-            self._forbidden.append(sum(bits.get(other, 0) for other in forbidden))
+                forbidden.update(kin(names[index]))
+            self._forbidden.append(sum(bits.get(mid, 0) for mid in forbidden))
         targets = [k for k in range(len(self._classes)) if self._has_interferers(k)]
         self.classes = [self._classes[k] for k in targets]
         self.without_interferer = sorted(set(self._classes) - set(self.classes))

@@ -127,7 +127,7 @@ def test_the_order_in_which_anchors_come_does_not_matter(tmp_path):
 
 def test_an_index_feeds_the_pair_stream(anchors):
     found = AnchorIndex.load(anchors)
-    draw = PairStream(found, seed=0, exclude="label").draw(3)
+    draw = PairStream(**found.pair_columns(), seed=0, exclude="label", kin=lambda mid: ()).draw(3)
     assert found.mids[draw.target] not in found.labels[draw.interferer].split(";")
 
 

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.mixing import PairsParams, energy, energy_gain, level_ratio, mix, mix_anchors
+from pipeline.mixing import PairsParams, energy, energy_gain, level_ratio, mix
 
-RULE = PairsParams(exclude="ontology", normalize="joint", match_energy=True, min_gain=0.02, max_gain=50.0)
+RULE = {"match_energy": True, "min_gain": 0.02, "max_gain": 50.0}
 NORMALIZE = ["none", "joint", "declip", "separate"]
+PARAMS = {"exclude": "ontology", "normalize": "joint", **RULE}
 
 
 def noise(seed: int, *, level: float = 0.1, shape: tuple[int, ...] = (3, 2000)) -> np.ndarray:
@@ -24,7 +25,7 @@ def snr_db(target, interferer):
 @given(st.floats(1e-3, 10), st.floats(1e-3, 10), st.sampled_from(NORMALIZE[:3]), st.integers(0, 99))
 def test_the_mixture_is_at_0_db_unless_the_gain_is_clamped(target_level, interferer_level, normalize, seed):
     target, interferer = noise(seed, level=target_level), noise(seed + 100, level=interferer_level)
-    gain = energy_gain(energy(target), energy(interferer), RULE)
+    gain = energy_gain(energy(target), energy(interferer), **RULE)
     _, target, interferer = mix(target, interferer, gain, normalize)
     ratio = target_level / interferer_level
     if 0.025 < ratio < 40:  # the levels drawn are within a few per cent of those asked for
@@ -86,47 +87,39 @@ def test_silence_gives_finite_numbers(normalize, library):
     silence, sound = np.zeros((1, 50)), noise(0, shape=(1, 50))
     for target, interferer in [(silence, sound), (sound, silence), (silence, silence), (sound, -sound)]:
         target, interferer = library(target), library(interferer)
-        gain = energy_gain(energy(target), energy(interferer), RULE)
+        gain = energy_gain(energy(target), energy(interferer), **RULE)
         parts = mix(target, interferer, gain, normalize)
         assert all(np.isfinite(np.asarray(part)).all() for part in parts)
         assert all(abs(np.asarray(part)).max() <= 1.5 for part in parts)  # nothing is blown up
 
 
 def test_a_silent_target_gets_the_faintest_interferer():
-    assert energy_gain(np.zeros(1), np.ones(1), RULE) == 0.02
+    assert energy_gain(np.zeros(1), np.ones(1), **RULE) == 0.02
 
 
 def test_the_bounds_are_34_db_either_way():
-    gain = energy_gain(np.array([1.0, 1.0, 1e-4, 1e-3]), np.array([1e-4, 1e-3, 1.0, 1.0]), RULE)
+    gain = energy_gain(np.array([1.0, 1.0, 1e-4, 1e-3]), np.array([1e-4, 1e-3, 1.0, 1.0]), **RULE)
     np.testing.assert_allclose(gain, [50, 1e3**0.5, 0.02, 1e-3**0.5])
 
 
 def test_energies_are_left_alone_when_they_are_not_to_match():
-    off = RULE.model_copy(update={"match_energy": False})
-    assert energy_gain(np.array([4.0]), np.array([1.0]), off) == 1
-    assert energy_gain(torch.tensor([4.0]), torch.tensor([1.0]), off) == 1
+    off = RULE | {"match_energy": False}
+    assert energy_gain(np.array([4.0]), np.array([1.0]), **off) == 1
+    assert energy_gain(torch.tensor([4.0]), torch.tensor([1.0]), **off) == 1
     assert level_ratio(np.array([4.0]), np.array([1.0])) == 2
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_numpy_and_torch_agree_and_keep_their_type(normalize):
     target, interferer = noise(0).astype(np.float32), noise(1, level=0.7).astype(np.float32)
-    gain = energy_gain(energy(target), energy(interferer), RULE)
+    gain = energy_gain(energy(target), energy(interferer), **RULE)
     theirs = [torch.as_tensor(x) for x in (target, interferer)]
-    torch_gain = energy_gain(energy(theirs[0]), energy(theirs[1]), RULE)
+    torch_gain = energy_gain(energy(theirs[0]), energy(theirs[1]), **RULE)
     torch.testing.assert_close(torch_gain, torch.as_tensor(gain))
     for ours, other in zip(mix(target, interferer, gain, normalize), mix(*theirs, torch_gain, normalize), strict=True):
         assert ours.dtype == np.float32
         assert other.dtype == torch.float32
         torch.testing.assert_close(other, torch.as_tensor(ours))
-
-
-def test_training_and_evaluation_mix_alike():
-    """Training finds the gain from the waveforms, evaluation reads it from the manifest."""
-    target, interferer = noise(0), noise(1, level=0.7)
-    gain = energy_gain(energy(target), energy(interferer), RULE)
-    for ours, theirs in zip(mix_anchors(target, interferer, RULE), mix(target, interferer, gain, "joint"), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -144,4 +137,4 @@ def test_a_batch_is_mixed_as_its_items_are(normalize):
 )
 def test_a_wrong_rule_is_refused(change, message):
     with pytest.raises(ValidationError, match=message):
-        PairsParams.model_validate(RULE.model_dump() | change)
+        PairsParams.model_validate(PARAMS | change)
