@@ -27,7 +27,8 @@ def classes() -> tuple[Class, ...]:
     """All 527, in the order of their index."""
     with open(ASSETS / "class_labels_indices.csv", encoding="utf-8", newline="") as file:
         found = tuple(Class(int(row["index"]), row["mid"], row["display_name"]) for row in csv.DictReader(file))
-    assert [c.index for c in found] == list(range(527)) and len({c.mid for c in found}) == 527
+    assert [c.index for c in found] == list(range(527))
+    assert len({c.mid for c in found}) == 527
     return found
 
 

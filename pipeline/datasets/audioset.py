@@ -19,6 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.datasets import AUDIO_SUFFIXES, CLIP_ID, Clip, labels_of, root_of, walk
@@ -63,11 +64,11 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
             Clip(clip_id, segment.labels, paths.get(segment), segment.start_seconds, segment.end_seconds, segment.ytid)
         )
     found.sort(key=lambda clip: clip.clip_id)
-    for first, second in zip(found, found[1:], strict=False):
-        if first.clip_id == second.clip_id:
+    for one, other in pairwise(found):
+        if one.clip_id == other.clip_id:
             raise ValueError(
-                f"{segments_path(root, subset)}: two segments would both be called {first.clip_id!r} "
-                f"({first.recording!r} from {first.start_seconds} s, {second.recording!r} from {second.start_seconds} s)"
+                f"{segments_path(root, subset)}: two segments would both be called {one.clip_id!r} "
+                f"({one.recording!r} from {one.start_seconds} s, {other.recording!r} from {other.start_seconds} s)"
             )
     yield from found
 
