@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def names() -> list[str]:
@@ -23,3 +23,15 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"no separator {name!r}; there are {names()}")
     separator: nn.Module = import_module(f"{__name__}.{name}").Separator(**kwargs)
     return separator
+
+
+def read_published(name: str, path: Path, *, sha256: str | None) -> dict[str, Tensor]:
+    """State dict of a checkpoint that the architecture's authors published, for the Separator of that file.
+
+    ValueError where the file `pipeline/separators/<name>.py` defines no `read_published(path, sha256=...)`.
+    """
+    module = import_module(f"{__name__}.{name}")
+    if not hasattr(module, "read_published"):
+        raise ValueError(f"{path}: separator {name!r} reads no published checkpoints")
+    state: dict[str, Tensor] = module.read_published(path, sha256=sha256)
+    return state

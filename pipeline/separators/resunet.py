@@ -6,6 +6,7 @@ give its outputs. Where paper and code differ, the code is followed: FiLM only s
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from pipeline.features import istft, magnitude, pad_to, stft
+from pipeline.weights import read_tensors
 
 NEGATIVE_SLOPE = 0.01
 # Of each encoder, and in reverse of each decoder: (frames, bins). The deepest one keeps the frames.
@@ -286,3 +288,8 @@ def from_uss(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if problems:
         raise ValueError("not the state dict of a uss ResUNet30: " + "; ".join(problems))
     return {name: state[published_name(name)] for name in ours}
+
+
+def read_published(path: Path, *, sha256: str | None) -> dict[str, Tensor]:
+    """The separator in a Lightning checkpoint of uss, under our names. Errors: `weights.check` and `from_uss`."""
+    return from_uss(read_tensors(path, sha256=sha256, entry="state_dict", prefix="ss_model."))

@@ -33,7 +33,7 @@ from pipeline.panns import Detector, SmallCnn
 from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_json
 from pipeline.shards import ClipReader
 from pipeline.training import build_optimizer, choose_device, fit, learning_rate_factor
-from pipeline.weights import load_panns
+from pipeline.weights import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def sed(
             networks[part] = small
         else:
             assert sha256 is not None
-            networks[part] = published(load_panns(Path(weights), sha256=sha256))
+            networks[part] = published(read_tensors(Path(weights), sha256=sha256, entry="model"))
         panns.save(networks[part], scratch / "finished" / part)
     detector = networks["detector"]
     assert isinstance(detector, Detector)

@@ -27,9 +27,8 @@ from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
 from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import PairStream
-from pipeline.separators import build, convert
+from pipeline.separators import build, read_published
 from pipeline.training import Optimizer, build_optimizer, choose_device, fit, learning_rate_factor
-from pipeline.weights import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +148,8 @@ def train_separator(
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
     else:
-        published = load_checkpoint(Path(entry.weights), sha256=entry.weights_sha256)
-        model.load_state_dict(convert(entry.architecture, published))
+        published = read_published(entry.architecture, Path(entry.weights), sha256=entry.weights_sha256)
+        model.load_state_dict(published)
         write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
     config = {
         "architecture": entry.architecture,
