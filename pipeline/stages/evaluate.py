@@ -1,0 +1,428 @@
+"""Stage evaluate: separate every evaluation pair under two queries, and score the estimates pair by pair.
+
+    average query   mean of the query embeddings of the class' targets in the *train* pairs, repeats included: what a
+                    user has who wants "a siren" and no example of this one (Kong et al., arXiv:2305.07447, table III)
+    oracle query    the embedding of the clean target itself: an upper bound, and what training used
+
+Pairs are mixed on read, by the rules and gains of the manifest. The metrics are those of metrics.py, the target being
+the reference and the scaled interferer the other source. The pairs are cut into parts; a killed run goes on from the
+parts it has finished. Aggregation is the report's.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors.torch import load_file
+from scipy.io import wavfile
+from torch import Tensor, nn
+
+from pipeline.anchors import AnchorIndex, AnchorReader
+from pipeline.config import Params, load_params
+from pipeline.metrics import bss_eval, sdr, si_sdr
+from pipeline.mixing import Normalize, PairsParams, mix
+from pipeline.ontology import class_of
+from pipeline.parts import run_parts
+from pipeline.runtime import fingerprint, link_or_copy, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.separators import build
+
+log = logging.getLogger(__name__)
+
+QUERIES = ("average", "oracle")
+METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sir", "bss_sar")
+MIXTURE_METRICS = ("sdr_mixture", "si_sdr_mixture", "bss_sdr_mixture")
+SOUNDS = ("mixture", "target", *QUERIES)
+
+SCHEMA = pa.schema(
+    [
+        ("pair", pa.int64()),
+        ("class_index", pa.int64()),
+        ("mid", pa.string()),
+        ("target_clip", pa.string()),
+        ("interferer_class_index", pa.int64()),
+        ("query", pa.string()),
+        ("sdr_mixture", pa.float64()),  # all in dB; NaN where undefined
+        ("sdr", pa.float64()),
+        ("sdri", pa.float64()),
+        ("si_sdr_mixture", pa.float64()),
+        ("si_sdr", pa.float64()),
+        ("si_sdri", pa.float64()),
+        ("bss_sdr_mixture", pa.float64()),
+        ("bss_sdr", pa.float64()),
+        ("bss_sir", pa.float64()),
+        ("bss_sar", pa.float64()),
+    ]
+)
+
+
+class EvaluateParams(Params):
+    """`evaluate:` in params.yaml."""
+
+    batch_size: int = Field(gt=0)
+    pairs_per_part: int = Field(gt=0)
+    bss: bool
+    bss_filter_samples: int = Field(gt=1)
+    n_examples: int = Field(ge=0)
+    device: Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to score any part of one run."""
+
+    run: str  # fingerprint of the run: a worker that outlives it must not go on with old weights or anchors
+    separator: Path
+    pairs: Path  # the parquet file
+    anchors: Path
+    queries: Path  # .npz: class_index, query
+    examples: tuple[int, ...]  # pairs whose sounds are kept
+    normalize: Normalize
+    params: EvaluateParams
+    device: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a Setup names, in memory."""
+
+    separator: nn.Module
+    reader: AnchorReader
+    pairs: pa.Table
+    average: dict[int, Float[np.ndarray, " query_dim"]]
+
+
+@lru_cache(maxsize=1)
+def load(setup: Setup) -> Loaded:
+    """Load once per process and run."""
+    with np.load(setup.queries) as stored:
+        average = dict(zip(stored["class_index"].tolist(), stored["query"], strict=True))
+    separator = load_separator(setup.separator).to(setup.device)
+    return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average)
+
+
+def _open(anchors: Path) -> AnchorReader:
+    return AnchorReader(anchors, AnchorIndex.load(anchors))
+
+
+def load_separator(directory: Path) -> nn.Module:
+    """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
+    config = json.loads((directory / "config.json").read_bytes())
+    separator = build(config["architecture"], **config["model"])
+    separator.load_state_dict(load_file(directory / "weights.safetensors"), strict=True)
+    return separator.eval()
+
+
+def choose_device(name: str) -> str:
+    """`auto` is cuda where there is one; a device asked for by name must be there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("evaluate.device is cuda, but torch sees no GPU; use auto or cpu")
+    return name
+
+
+def average_queries(pairs: pa.Table, reader: AnchorReader) -> dict[int, Float[np.ndarray, " query_dim"]]:
+    """Mean query embedding of the targets of each class, a target counted once per pair that it is in.
+
+    Summed in float64 and without BLAS, whose threads would change the last bit.
+    """
+    classes, targets = pairs["class_index"].to_numpy(), np.array(pairs["target"].to_pylist())
+    averages = {}
+    for class_index in np.unique(classes).tolist():
+        distinct, repeats = np.unique(targets[classes == class_index], return_counts=True)
+        queries = reader.queries(reader.index.row(anchor) for anchor in distinct.tolist()).astype(np.float64)
+        averages[class_index] = np.average(queries, axis=0, weights=repeats).astype(np.float32)
+        if not np.isfinite(averages[class_index]).all():
+            raise ValueError(f"the query embeddings of class {class_index}'s train targets are not all finite")
+    return averages
+
+
+def choose_examples(class_indices: Sequence[int], pairs: Sequence[int], n: int) -> list[int]:
+    """The first pair of each of n classes spread evenly over those there are: known before any result is."""
+    first: dict[int, int] = {}
+    for class_index, pair in sorted(zip(class_indices, pairs, strict=True)):
+        first.setdefault(class_index, pair)
+    n = min(n, len(first))
+    return [list(first.values())[i * len(first) // n] for i in range(n)]
+
+
+def separate(
+    separator: nn.Module,
+    mixture: Float[Tensor, "batch time"],
+    average: Float[Tensor, "batch query_dim"],
+    oracle: Float[Tensor, "batch query_dim"],
+    pairs: Sequence[int],
+) -> Float[Tensor, "batch 2 time"]:
+    """Estimates under the average and the oracle query; NaN under an average query that is NaN, its class having none.
+
+    Any other estimate that is not finite is an error, which names its pairs.
+    """
+    estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
+    # TF32 convolutions, cuDNN's default, have 10 bits of mantissa: 60 dB.
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        for i, query in enumerate((average, oracle)):
+            known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)
+            if known.any():
+                estimates[known, i] = separator(mixture[known], query[known]).float()
+            bad = (known & ~estimates[:, i].isfinite().all(dim=-1)).cpu()
+            if bad.any():
+                names = ", ".join(str(pair) for pair, is_bad in zip(pairs, bad, strict=True) if is_bad)
+                raise ValueError(f"NaN or infinity in the estimates of pairs {names} under the {QUERIES[i]} query")
+    return estimates
+
+
+def score(
+    estimates: Float[Tensor, "batch estimates time"],
+    mixture: Float[Tensor, "batch time"],
+    target: Float[Tensor, "batch time"],
+    interferer: Float[Tensor, "batch time"],
+    bss_filter_samples: int | None,
+) -> dict[str, Float[np.ndarray, "batch estimates"]]:
+    """Every metric of every estimate, and of the mixture taken as the estimate, in dB. No BSS Eval: its are NaN."""
+    signals = torch.cat([estimates, mixture[:, None]], dim=1)
+    reference = target[:, None].expand_as(signals)
+    values = {"sdr": sdr(signals, reference), "si_sdr": si_sdr(signals, reference)}
+    unknown = torch.full_like(values["sdr"], torch.nan)
+    if bss_filter_samples is None:
+        values |= {"bss_sdr": unknown, "bss_sir": unknown, "bss_sar": unknown}
+    else:
+        bss = bss_eval(signals, torch.stack([target, interferer], dim=1), filter_samples=bss_filter_samples)
+        values |= {"bss_sdr": bss.sdr, "bss_sir": bss.sir, "bss_sar": bss.sar}
+    scores = {name: value[:, :-1] for name, value in values.items()}
+    for name in ("sdr", "si_sdr", "bss_sdr"):
+        scores[f"{name}_mixture"] = values[name][:, -1:].expand_as(scores[name])
+    for name in ("sdr", "si_sdr"):
+        scores[f"{name}i"] = scores[name] - scores[f"{name}_mixture"]
+    return {name: value.cpu().numpy() for name, value in scores.items()}
+
+
+def score_part(rows: tuple[int, int], directory: Path, *, setup: Setup) -> None:
+    """Score rows [start, stop) of the pairs into directory/scores.parquet, and keep the sounds of the examples."""
+    loaded, device, params = load(setup), setup.device, setup.params
+    reader, index = loaded.reader, loaded.reader.index
+    start, stop = rows
+    pairs = loaded.pairs.slice(start, stop - start)
+    unknown = np.full(index.query_dim, np.nan, np.float32)
+
+    found: list[dict[str, np.ndarray]] = []
+    for first in range(0, len(pairs), params.batch_size):
+        batch = pairs.slice(first, params.batch_size).to_pydict()
+
+        targets, interferers = ([index.row(key) for key in batch[role]] for role in ("target", "interferer"))
+        average = np.stack([loaded.average.get(class_index, unknown) for class_index in batch["class_index"]])
+        mixture, target, interferer = mix(
+            torch.from_numpy(reader.waveforms(targets)).to(device),
+            torch.from_numpy(reader.waveforms(interferers)).to(device),
+            torch.tensor(batch["gain"], dtype=torch.float32, device=device),
+            setup.normalize,
+        )
+        estimates = separate(
+            loaded.separator,
+            mixture,
+            torch.from_numpy(average).to(device),
+            torch.from_numpy(reader.queries(targets)).to(device),
+            batch["pair"],
+        )
+        found.append(score(estimates, mixture, target, interferer, params.bss_filter_samples if params.bss else None))
+        for i, pair in enumerate(batch["pair"]):
+            if pair in setup.examples:
+                for name, waveform in zip(SOUNDS, (mixture[i], target[i], *estimates[i]), strict=True):
+                    _write_wav(directory / f"{pair}-{name}.wav", waveform.cpu().numpy(), index.sample_rate)
+
+    scores = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+    write_atomic(directory / "scores.parquet", _parquet(_table(pairs, scores)))
+
+
+def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """float32, so that nothing clips. By scipy: libsndfile stamps float files with the time of day."""
+    buffer = io.BytesIO()
+    wavfile.write(buffer, sample_rate, waveform.astype(np.float32))
+    write_atomic(path, buffer.getvalue())
+
+
+def _table(pairs: pa.Table, scores: Mapping[str, Float[np.ndarray, "pairs 2"]]) -> pa.Table:
+    """Rows sorted by pair and query, pairs being sorted: "average" comes before "oracle"."""
+    keys = ("pair", "class_index", "mid", "target_clip", "interferer_class_index")
+    twice = np.repeat(np.arange(len(pairs)), 2)
+    columns = {key: pairs[key].take(twice) for key in keys}
+    columns["query"] = pa.array(QUERIES * len(pairs))
+    columns |= {name: pa.array(values.reshape(-1)) for name, values in scores.items()}
+    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def summarise(scores: pa.Table, without_average: Sequence[str], bss: bool) -> dict[str, Any]:
+    """Counts, and a first look at each query: mean and median over all pairs. The report's aggregates are by class."""
+    metrics = METRICS if bss else [name for name in METRICS if not name.startswith("bss")]
+    summary: dict[str, Any] = {
+        "n_pairs": len(scores) // 2,
+        "n_classes": len(scores["class_index"].unique()),
+        "classes_without_average_query": list(without_average),
+    }
+    queries = np.array(scores["query"].to_pylist())
+    for query in QUERIES:
+        values = {name: scores[name].to_numpy()[queries == query] for name in metrics}
+        summary[query] = {
+            "n_nan": {name: int(np.isnan(value).sum()) for name, value in values.items()},
+            "sdri_mean": _rounded(np.nanmean, values["sdri"]),
+            "sdri_median": _rounded(np.nanmedian, values["sdri"]),
+        }
+    return summary
+
+
+def _rounded(statistic: Any, values: np.ndarray) -> float | None:
+    return None if np.isnan(values).all() else round(float(statistic(values)), 4)
+
+
+def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]) -> list[dict[str, Any]]:
+    """What the report says beside the players: who is mixed with whom, the scores, the files."""
+    rows = {row["pair"]: row for row in pairs.to_pylist()}
+    scored = {(row["pair"], row["query"]): row for row in scores.to_pylist()}
+    described = []
+    for pair in examples:
+        row = rows[pair]
+        described.append(
+            {
+                "pair": pair,
+                "class_index": row["class_index"],
+                "class_name": class_of(row["mid"]).name,
+                "target_clip": row["target_clip"],
+                "interferer_class_index": row["interferer_class_index"],
+                "interferer_class_name": class_of(row["interferer_mid"]).name,
+                "interferer_clip": row["interferer_clip"],
+                "files": {sound: f"{pair}-{sound}.wav" for sound in SOUNDS},
+                **{name: _finite(scored[pair, "oracle"][name]) for name in MIXTURE_METRICS},
+                **{query: {name: _finite(scored[pair, query][name]) for name in METRICS} for query in QUERIES},
+            }
+        )
+    return described
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if np.isfinite(value) else None  # JSON has no NaN
+
+
+def evaluate(
+    name: str,
+    separator: Path,
+    pairs_dir: Path,
+    anchors: Path,
+    out: Path,
+    *,
+    params: EvaluateParams,
+    normalize: Normalize,
+) -> dict[str, Any]:
+    """Write the scores of every pair of pairs_dir/eval to out/scores.parquet, and examples; return the summary."""
+    device = choose_device(params.device)
+    load_separator(separator)  # what cannot be loaded fails here, not in every worker
+    config = json.loads((separator / "config.json").read_bytes())
+    readers = {split: _open(anchors / split) for split in ("train", "eval")}
+    for split, reader in readers.items():
+        if reader.index.query_dim != config["model"]["query_dim"]:
+            raise ValueError(
+                f"{separator} takes queries of {config['model']['query_dim']} numbers, "
+                f"and those of {anchors / split} have {reader.index.query_dim}"
+            )
+    eval_pairs, train_pairs = (pairs_dir / split / "pairs.parquet" for split in ("eval", "train"))
+    pairs = _read_pairs(eval_pairs, readers["eval"])
+
+    files = [anchors / split / file for split in readers for file in ("index.parquet", "index.json", "shards.json")]
+    files += [separator / "config.json", separator / "weights.safetensors", eval_pairs, train_pairs]
+    run = fingerprint(params, normalize, device, *files)
+    scratch = scratch_dir(f"evaluate@{name}", run)
+    averages = average_queries(_read_pairs(train_pairs, readers["train"]), readers["train"])
+    classes = {row["class_index"]: row["mid"] for row in pairs.select(["class_index", "mid"]).to_pylist()}
+    without_average = [mid for class_index, mid in sorted(classes.items()) if class_index not in averages]
+    if without_average:
+        log.warning("%s: %d classes have no train pairs: %s", name, len(without_average), ", ".join(without_average))
+    buffer = io.BytesIO()
+    np.savez(buffer, class_index=np.array(list(averages), np.int64), query=np.stack(list(averages.values())))
+    write_atomic(scratch / "average_queries.npz", buffer.getvalue())
+
+    known = [row for row in pairs.select(["class_index", "pair"]).to_pylist() if row["class_index"] in averages]
+    examples = choose_examples([row["class_index"] for row in known], [row["pair"] for row in known], params.n_examples)
+    setup = Setup(
+        run=run,
+        separator=separator.absolute(),
+        pairs=eval_pairs.absolute(),
+        anchors=(anchors / "eval").absolute(),
+        queries=(scratch / "average_queries.npz").absolute(),
+        examples=tuple(examples),
+        normalize=normalize,
+        params=params,
+        device=device,
+    )
+    starts = range(0, len(pairs), params.pairs_per_part)
+    parts = {f"part-{i:05d}": (s, min(s + params.pairs_per_part, len(pairs))) for i, s in enumerate(starts)}
+    done = run_parts(partial(score_part, setup=setup), parts, scratch / "parts")
+
+    scores = pa.concat_tables([pq.read_table(done[part] / "scores.parquet") for part in parts])
+    finished = scratch / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    (finished / "examples").mkdir(parents=True)
+    write_atomic(finished / "scores.parquet", _parquet(scores.combine_chunks()))
+    for part in parts:
+        for path in sorted(done[part].glob("*.wav")):
+            link_or_copy(path, finished / "examples" / path.name)
+    write_json(finished / "examples" / "examples.json", describe_examples(pairs, scores, examples))
+    publish(finished, out)
+    shutil.rmtree(scratch)
+    return summarise(scores, without_average, params.bss)
+
+
+def _read_pairs(path: Path, reader: AnchorReader) -> pa.Table:
+    """The manifest of a split, sorted by pair; ValueError unless each pair is there once, with anchors that exist."""
+    pairs = pq.read_table(path)
+    if not len(pairs):
+        raise ValueError(f"{path} has no rows")
+    if np.any(np.diff(pairs["pair"].to_numpy()) <= 0):
+        raise ValueError(f"{path} is not sorted by pair, or names one twice")
+    for role in ("target", "interferer"):
+        if missing := sorted(set(pairs[role].to_pylist()) - set(reader.index.keys)):
+            raise ValueError(f"{path} names {missing[0]!r} as {role}, which is not among its split's anchors")
+    return pairs
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="an entry of `separators:`")
+    parser.add_argument("--separator", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--anchors", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, required=True)
+    args = parser.parse_args()
+    params = load_params("evaluate", EvaluateParams)
+    normalize = load_params("pairs", PairsParams).normalize
+    if choose_device(params.device) == "cuda":
+        os.environ.setdefault("USS_WORKERS", "0")  # one process per GPU, unless somebody wants more
+    with running(f"evaluate@{args.name}", args.out):
+        summary = evaluate(
+            args.name, args.separator, args.pairs, args.anchors, args.out, params=params, normalize=normalize
+        )
+        write_json(args.summary, summary)
+        log.info("%s: %s", args.name, summary)
+
+
+if __name__ == "__main__":
+    main()
