@@ -150,8 +150,9 @@ class Separator(nn.Module):
             raise ValueError(f"channels has {len(channels)} widths {list(channels)}; there are {len(STRIDES)} encoders")
         if n_fft % (2 * BINS_MULTIPLE):
             raise ValueError(f"n_fft {n_fft} is not a multiple of {2 * BINS_MULTIPLE}")
-        if not 0 < hop_length <= n_fft // 2:
-            raise ValueError(f"hop_length {hop_length} is not between 1 and half of n_fft {n_fft}")
+        # With longer hops the last samples of a mixture hang by the tip of one window, and are divided by it.
+        if not 0 < hop_length <= 3 * n_fft // 8:
+            raise ValueError(f"hop_length {hop_length} is not between 1 and 3/8 of n_fft {n_fft}")
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.norm = nn.BatchNorm1d(n_fft // 2 + 1, momentum=norm_momentum)
@@ -287,6 +288,10 @@ def from_uss(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ]
     if problems:
         raise ValueError("not the state dict of a uss ResUNet30: " + "; ".join(problems))
+    # Row 0 of the transform's cosines is the window itself.
+    window = state["base.stft.conv_real.weight"][0, 0]
+    if not torch.allclose(window, torch.hann_window(arguments["n_fft"]), atol=1e-5):
+        raise ValueError("not the state dict of a uss ResUNet30: its transform's window is not a periodic Hann window")
     return {name: state[published_name(name)] for name in ours}
 
 
