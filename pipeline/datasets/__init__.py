@@ -14,12 +14,13 @@ A dataset that makes its own files has, besides, `class Options(Params)`, its ow
 which brings them about under `root`: it does nothing when they are there, and continues after a kill.
 """
 
+import csv
 import importlib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +89,29 @@ def labels_of(mids: Iterable[str], where: str, counts: Counter[str]) -> tuple[st
     return tuple(sorted(known, key=lambda mid: ontology.class_of(mid).index))
 
 
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a csv file with a header, each with its place for messages ("dev.csv:7").
+
+    ValueError, with the place, for a column that is not there, a row of another length, or what is not text.
+    """
+    number = 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if absent := [column for column in columns if column not in header]:
+                raise ValueError(f"{path}: no column {absent[0]!r} in {header}")
+            for fields in reader:
+                number = reader.line_num
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise ValueError(f"{path}:{number}: {len(fields)} fields under {len(header)} columns")
+                yield f"{path}:{number}", dict(zip(header, fields, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a csv file in UTF-8, after line {number}: {error}") from None
+
+
 def root_of(root: Path, expected: str) -> Path:
     """`root`, if it is a folder. FileNotFoundError or NotADirectoryError says what should lie there otherwise."""
     if not root.exists():
@@ -101,8 +125,11 @@ def walk(root: Path, counts: Counter[str], folder: str = "") -> Iterator[tuple[s
     """Every entry with an audio suffix under `root`/`folder`: its path relative to root, and is it a regular file.
 
     One scandir per folder and no stat, sorted. Links are never followed, whatever they lead to; a link, a pipe or
-    a folder called `x.wav` comes out as not regular. Hidden entries are not looked at.
+    a folder called `x.wav` comes out as not regular. Hidden entries are not looked at. FileNotFoundError or
+    NotADirectoryError when there is no such folder.
     """
+    if folder and (root / folder).is_symlink():
+        raise NotADirectoryError(f"{root / folder} is a link; links below data.root are not followed")
     todo = [folder]
     while todo:
         inside = todo.pop()

@@ -52,6 +52,8 @@ DEFECTS = {
 MISSING = {"balanced_train": 3, "eval": 2}
 
 Waveform = Float64[np.ndarray, " time"]
+Kernel = Float64[np.ndarray, "..."]  # short, of any length
+Starts = Float64[np.ndarray, " strokes"]  # seconds
 Rng = np.random.Generator
 
 
@@ -141,14 +143,14 @@ def _wander(n: int, rate: int, rng: Rng, hz: float) -> Waveform:
     return np.asarray(values[left] * (1 - ease) + values[left + 1] * ease)
 
 
-def _decay(seconds: float, rate: int, attack_seconds: float = 0.0005) -> Waveform:
+def _decay(seconds: float, rate: int, attack_seconds: float = 0.0005) -> Kernel:
     """An envelope that falls by 60 dB in `seconds`, after a short attack."""
     n = max(8, int(seconds * rate))
     t = np.arange(n) / rate
     return np.asarray(np.exp(-6.9 * t / seconds) * np.minimum(1, t / attack_seconds))
 
 
-def _strike(starts: Waveform, kernels: list[Waveform], n: int, rate: int, rng: Rng, spread_db: float = 3.0) -> Waveform:
+def _strike(starts: Starts, kernels: list[Kernel], n: int, rate: int, rng: Rng, spread_db: float = 3.0) -> Waveform:
     """Kernels in turn, one at each start in seconds, each a little louder or softer; cut at the end."""
     waveform = np.zeros(n)
     for i, start in enumerate(starts):
@@ -158,7 +160,7 @@ def _strike(starts: Waveform, kernels: list[Waveform], n: int, rate: int, rng: R
     return waveform
 
 
-def _regular(seconds: float, period: float, jitter: float, rng: Rng) -> Waveform:
+def _regular(seconds: float, period: float, jitter: float, rng: Rng) -> Starts:
     """Times of a beat of this period, each off by `jitter` of it; the first within one period, at least one."""
     starts = np.arange(rng.random() * min(period, 0.3), seconds, period)
     return np.asarray(np.sort(np.maximum(0, starts + jitter * period * rng.standard_normal(len(starts)))))

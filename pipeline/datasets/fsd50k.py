@@ -1,0 +1,56 @@
+"""FSD50K (Fonseca et al. 2022) as published: Freesound clips of 0.3 to 30 s with AudioSet's labels.
+
+    <root>/FSD50K.ground_truth/{dev,eval}.csv   fname,labels,mids[,split]
+    <root>/FSD50K.{dev,eval}_audio/<fname>.wav  44.1 kHz, mono, 16 bit
+
+Subsets: `dev`, its parts `train` and `val`, and `eval`. Labels are taken from the mids; its abstract classes
+(Human sounds, Domestic sounds) are no classes of AudioSet's 527 and are left out, and counted.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.datasets import CLIP_ID, Clip, labels_of, read_table, root_of, walk
+
+_FILES = {"dev": "dev", "train": "dev", "val": "dev", "eval": "eval"}
+_LONGEST_SECONDS = 30.0
+_HEADER_BYTES, _BYTES_PER_SECOND = 44, 2 * 44100
+
+
+def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:
+    """The clips of a subset sorted by clip_id, which is the Freesound id. Those with no label left are dropped and
+    counted.
+
+    A clip is its whole recording; its length is told by the size of the file, 16-bit mono at 44.1 kHz.
+    """
+    counts = Counter() if counts is None else counts
+    if subset not in _FILES:
+        raise ValueError(f"FSD50K has no subset {subset!r}; there are {sorted(_FILES)}")
+    root_of(root, "FSD50K.ground_truth, FSD50K.dev_audio and FSD50K.eval_audio")
+    half = _FILES[subset]
+    present = {path for path, _ in walk(root, counts, f"FSD50K.{half}_audio")}
+
+    found: dict[str, Clip] = {}
+    columns = ("fname", "mids", "split") if half == "dev" else ("fname", "mids")
+    for where, row in read_table(root / "FSD50K.ground_truth" / f"{half}.csv", columns):
+        fname = row["fname"]
+        if not CLIP_ID.fullmatch(fname):
+            raise ValueError(f"{where}: {fname!r} is not a name of a clip (letters, digits, _ and -)")
+        if half == "dev" and row["split"] not in ("train", "val"):
+            raise ValueError(f"{where}: split {row['split']!r} is neither 'train' nor 'val'")
+        if subset in ("train", "val") and row["split"] != subset:
+            continue
+        if fname in found:
+            raise ValueError(f"{where}: clip {fname!r} a second time")
+        labels = labels_of(filter(None, row["mids"].split(",")), where, counts)
+        if not labels:
+            counts["segments_without_label"] += 1
+            continue
+        path = f"FSD50K.{half}_audio/{fname}.wav"
+        seconds = _LONGEST_SECONDS
+        if path in present:
+            seconds = max(0, os.lstat(root / path).st_size - _HEADER_BYTES) / _BYTES_PER_SECOND
+        found[fname] = Clip(fname, labels, path if path in present else None, 0.0, seconds, fname)
+    yield from (found[fname] for fname in sorted(found))
