@@ -1,0 +1,384 @@
+"""Stage resample: every listed recording becomes a mono clip of one rate inside a WebDataset shard, or a line in the
+quarantine list that says why not.
+
+A clip's shard is sha256(clip_id) mod n_shards, so what is in a shard depends neither on the number of workers nor on
+which other clips there are. A shard is one part: a run that is killed finds its finished shards again.
+
+Out of a split come
+
+    clips-00000.tar ...   <clip_id>.flac or .wav (16 bit) and <clip_id>.json
+    shards.json           clips, bytes and SHA-256 of each shard
+    manifest.csv          every clip that scan found, sorted by id: its status (ok, or a reason of pipeline/audio.py),
+                          where it lies, and the SHA-256 of its samples
+    quarantine.csv        those that are not ok
+
+`missing` (listed, and gone when its turn came) is counted apart from bad: recordings that are not there are normal in
+AudioSet, recordings that cannot be read are not.
+"""
+
+import argparse
+import csv
+import heapq
+import json
+import logging
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from pipeline.audio import BadClip, Reason, level_db, locate, read_segment, resample, to_int16
+from pipeline.config import Params, load_params
+from pipeline.parts import run_parts
+from pipeline.runtime import fingerprint, link_or_copy, publish, remove, running, scratch_dir, write_json
+from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
+
+logger = logging.getLogger(__name__)
+
+LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
+MANIFEST = (
+    "clip_id", "split", "labels", "status", "detail", "duration_seconds", "source_rate", "source_channels", "note",
+    "sha256", "shard", "offset", "size",
+)  # fmt: skip
+QUARANTINE = ("clip_id", "path", "reason", "detail")
+TRANSIENT = ("missing", "unreadable")  # of the machine, not of the file: looked at again by the next run
+ENCODERS = {"flac": encode_flac, "wav": encode_wav}
+_ROWS_HELD = 100_000
+
+Row = dict[str, str]
+
+
+class DataParams(Params):
+    """`data:` in params.yaml."""
+
+    source: str
+    root: str
+    train: list[str]
+    eval: list[str]
+
+
+class AudioParams(Params):
+    """`audio:` in params.yaml."""
+
+    sample_rate: int = Field(gt=0)
+    clip_seconds: float = Field(gt=0)
+    segment_seconds: float = Field(gt=0)
+
+
+class ResampleParams(Params):
+    """`resample:` in params.yaml."""
+
+    format: Literal["flac", "wav"]
+    n_shards: int = Field(gt=0, le=100_000)
+    max_bad_fraction: float = Field(ge=0, le=1)
+    silence_db: float = Field(le=0)
+
+
+class TooManyBadClips(RuntimeError):
+    """More of the present clips are bad than `resample.max_bad_fraction` allows."""
+
+
+# ------------------------------------------------------------------------------------------------ one clip
+
+
+def make_clip(row: Row, root: Path, split: str, audio: AudioParams, params: ResampleParams) -> tuple[Row, bytes, bytes]:
+    """The clip's row of manifest.csv (all but where it lies), its encoded audio and its JSON. Raises BadClip."""
+    segment = read_segment(
+        locate(root, row["path"]), float(row["start_seconds"]), float(row["end_seconds"]), audio.clip_seconds
+    )
+    waveform = resample(segment.waveform, segment.sample_rate, audio.sample_rate)
+    waveform = waveform[: round(audio.clip_seconds * audio.sample_rate)]
+    # Before: a constant rings where resampling cuts it off. After: a tone above the new Nyquist frequency is gone.
+    level = min(level_db(segment.waveform), level_db(waveform))
+    if level < params.silence_db:
+        raise BadClip("silent", f"{level:.0f} dB")
+    notes = [*segment.notes]
+    if waveform.max() > 1 or waveform.min() < -1:
+        notes.append("clipped")
+    pcm = to_int16(waveform)
+    duration_seconds = len(pcm) / audio.sample_rate
+    described = {
+        "clip_id": row["clip_id"],
+        "split": split,
+        "labels": row["labels"],
+        "status": "ok",
+        "detail": "",
+        "duration_seconds": repr(duration_seconds),
+        "source_rate": str(segment.sample_rate),
+        "source_channels": str(segment.channels),
+        "note": ";".join(notes),
+        "sha256": sha256(pcm.data).hexdigest(),
+    }
+    content = {"duration_seconds": duration_seconds, "labels": row["labels"].split(";"), "split": split}
+    return described, ENCODERS[params.format](pcm, audio.sample_rate), encode_json(content)
+
+
+# ------------------------------------------------------------------------------------------------ one part
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard."""
+    return f"clips-{number:05d}.tar"
+
+
+def resample_part(
+    listed: Path, directory: Path, *, root: Path, split: str, audio: AudioParams, params: ResampleParams
+) -> None:
+    """Write the shard of the clips listed in a file, and rows.csv: the manifest's rows with the path in front.
+
+    A shard in which nothing is left has no file. An empty file `again` says that something could not be read now.
+    """
+    rows: dict[str, Row] = {}
+    name = shard_name(int(listed.stem))
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for row in read_rows(listed):
+            clip_id = row["clip_id"]
+            try:
+                described, content, about = make_clip(row, root, split, audio, params)
+            except BadClip as bad:
+                if bad.reason in TRANSIENT:
+                    check_root(root)
+                    (directory / "again").touch()
+                described = {
+                    "clip_id": clip_id, "split": split, "labels": row["labels"], "status": bad.reason,
+                    "detail": bad.detail,
+                }  # fmt: skip
+                rows[clip_id] = {"path": row["path"]} | described
+                continue
+            except Exception as error:
+                error.add_note(f"clip {clip_id!r}, {row['path']!r}")
+                raise
+            rows[clip_id] = {"path": row["path"]} | described
+            yield clip_id, {params.format: content, "json": about}
+
+    for member in write_shard(directory / name, samples()):
+        if member.ext == params.format:
+            rows[member.key] |= {"shard": name, "offset": str(member.offset), "size": str(member.size)}
+    with open(directory / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("path", *MANIFEST), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+def check_root(root: Path) -> None:
+    """FileNotFoundError when the corpus is not there at all: then its clips are not missing one by one."""
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.root {str(root)!r} is not a directory now. If the corpus has moved, set data.root; if it was "
+            "mounted or has changed, list it again with `dvc repro --force scan`, then `dvc repro`"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- all parts
+
+
+def read_rows(path: Path, chunk: int = 1 << 16) -> Iterator[Row]:
+    """Rows of a CSV file without line breaks inside fields.
+
+    The file is open only while a chunk is read, so as many as there are shards can be merged at a time.
+    """
+    position, header = 0, b""
+    while True:
+        with open(path, "rb") as file:
+            header = header or file.readline()
+            file.seek(max(position, len(header)))
+            lines = file.readlines(chunk)
+            position = file.tell()
+        if not lines:
+            return
+        yield from csv.DictReader(line.decode() for line in (header, *lines))
+
+
+def split_manifest(manifest: Path, lists: Path, n_shards: int) -> list[Path]:
+    """Cut scan's manifest into a list per shard, `lists`/00000.csv ..., those without clips left out.
+
+    ValueError, naming the line, when columns are not those of scan or the ids are not in order, each once.
+    """
+    remove(lists)
+    lists.mkdir(parents=True)
+    held: dict[int, list[list[str]]] = defaultdict(list)
+    made: set[int] = set()
+
+    def flush() -> None:
+        for number, rows in sorted(held.items()):
+            with open(lists / f"{number:05d}.csv", "a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if number not in made:
+                    writer.writerow(LISTED)
+                writer.writerows(rows)
+            made.add(number)
+        held.clear()
+
+    with open(manifest, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if absent := [name for name in LISTED if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{manifest}: no column {absent[0]!r}; scan writes {','.join(LISTED)}")
+        before = ""
+        for count, row in enumerate(reader, start=1):
+            clip_id = row["clip_id"]
+            if not before < clip_id:
+                raise ValueError(f"{manifest}, line {reader.line_num}: {clip_id!r} after {before!r}: unsorted or twice")
+            if any("\n" in row[name] or "\r" in row[name] for name in LISTED):
+                raise ValueError(f"{manifest}, line {reader.line_num}: a line break inside a field")
+            before = clip_id
+            held[shard_number(clip_id, n_shards)].append([row[name] for name in LISTED])
+            if count % _ROWS_HELD == 0:
+                flush()
+    flush()
+    return [lists / f"{number:05d}.csv" for number in sorted(made)]
+
+
+def merge(parts: Iterable[Path], out: Path, sample_rate: int) -> Counter[str]:
+    """Write manifest.csv and quarantine.csv of all parts; count clips, statuses, notes and samples."""
+    counts: Counter[str] = Counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        open(out / "manifest.csv", "w", newline="", encoding="utf-8") as manifest_file,
+        open(out / "quarantine.csv", "w", newline="", encoding="utf-8") as quarantine_file,
+    ):
+        manifest = csv.DictWriter(manifest_file, MANIFEST, extrasaction="ignore", lineterminator="\n")
+        quarantine = csv.DictWriter(quarantine_file, QUARANTINE, extrasaction="ignore", lineterminator="\n")
+        manifest.writeheader()
+        quarantine.writeheader()
+        # 8 kB of each part at a time: 10,000 shards take 200 MB.
+        for row in heapq.merge(*(read_rows(part / "rows.csv", 1 << 13) for part in parts), key=_clip_id):
+            manifest.writerow(row)
+            counts["clips"] += 1
+            counts[f"status {row['status']}"] += 1
+            if row["status"] == "ok":
+                counts["samples"] += round(float(row["duration_seconds"]) * sample_rate)
+                counts.update(f"note {note}" for note in row["note"].split(";") if note)
+            else:
+                quarantine.writerow(row | {"reason": row["status"]})
+    return counts
+
+
+def _clip_id(row: Row) -> str:
+    return row["clip_id"]
+
+
+def summarise(counts: Counter[str], split: str, params: ResampleParams, sample_rate: int) -> dict[str, Any]:
+    """What became of the clips, as the numbers of reports/resample_<split>.json."""
+    kept, missing = counts["status ok"], counts["status missing"]
+    present = counts["clips"] - missing
+    return {
+        "split": split,
+        "format": params.format,
+        "clips": counts["clips"],
+        "missing": missing,
+        "present": present,
+        "kept": kept,
+        "bad": present - kept,
+        "bad_fraction": (present - kept) / present if present else 0.0,
+        "bad_reasons": {
+            reason: n for reason in get_args(Reason) if reason != "missing" and (n := counts[f"status {reason}"])
+        },
+        "notes": {key.removeprefix("note "): n for key, n in sorted(counts.items()) if key.startswith("note ")},
+        "audio_seconds": round(counts["samples"] / sample_rate, 3),
+    }
+
+
+def check_bad_fraction(summary: dict[str, Any], quarantine: Path, params: ResampleParams) -> None:
+    """TooManyBadClips with the counts and examples, or ValueError when no clip is left."""
+    if summary["kept"] and summary["bad_fraction"] <= params.max_bad_fraction:
+        return
+    total: Counter[str] = Counter()
+    examples: dict[str, list[str]] = defaultdict(list)
+    for row in read_rows(quarantine):
+        total[row["reason"]] += 1
+        if len(examples[row["reason"]]) < 3:
+            examples[row["reason"]].append(repr(row["path"]))
+    lines = [f"  {reason}: {n}, such as {', '.join(examples[reason])}" for reason, n in sorted(total.items())]
+    lists = "\n".join([*lines, f"All of them: {quarantine}"])
+    counts = (
+        f"of {summary['clips']} {summary['split']} clips {summary['missing']} are missing, {summary['bad']} of the "
+        f"{summary['present']} present are bad ({summary['bad_fraction']:.1%})"
+    )
+    if not summary["kept"]:
+        raise ValueError(f"no clip is left: {counts}\n{lists}")
+    raise TooManyBadClips(
+        f"{counts}; resample.max_bad_fraction is {params.max_bad_fraction:.1%}\n{lists}\n"
+        "Nothing that is done is lost: repair or remove the files and run `dvc repro --force scan`, or raise the bound."
+    )
+
+
+def resample_split(
+    manifest: Path, root: Path, split: str, out: Path, scratch: Path, audio: AudioParams, params: ResampleParams
+) -> dict[str, Any]:
+    """Make `out` from scan's manifest of one split; return the summary.
+
+    `scratch` holds what is finished, and after TooManyBadClips the quarantine list; the caller deletes it.
+    """
+    check_root(root)
+    parts_dir = scratch / "parts"
+    for again in sorted(parts_dir.glob("*/again")):
+        remove(again.parent)
+    lists = split_manifest(manifest, scratch / "lists", params.n_shards)
+    if not lists:
+        raise ValueError(f"{manifest} lists no clip: scan found no audio for split {split!r} under {root}")
+    task = partial(resample_part, root=root.absolute(), split=split, audio=audio, params=params)
+    parts = run_parts(task, {path.stem: path.absolute() for path in lists}, parts_dir)
+
+    assembled = scratch / "assembled"
+    remove(assembled)
+    counts = merge(parts.values(), assembled, audio.sample_rate)
+    summary = summarise(counts, split, params, audio.sample_rate)
+    check_bad_fraction(summary, assembled / "quarantine.csv", params)
+    write_json(assembled / INDEX, gather_shards(parts, assembled, params.n_shards))
+    publish(assembled, out)
+    return summary
+
+
+def gather_shards(parts: dict[str, Path], directory: Path, n_shards: int) -> dict[str, dict[str, Any]]:
+    """Give the parts' shards a name in `directory`; return shards.json."""
+    index: dict[str, dict[str, Any]] = {}
+    for number in range(n_shards):
+        name = shard_name(number)
+        index[name] = {"bytes": 0, "count": 0, "sha256": ""}
+        part = parts.get(f"{number:05d}")
+        if part is None or not (part / name).exists():
+            continue
+        # run_parts has compared the file with this digest, or has just made both.
+        digest = json.loads((part / "done.json").read_bytes())[name]
+        link_or_copy(part / name, directory / name)
+        count = sum(row["status"] == "ok" for row in read_rows(part / "rows.csv"))
+        index[name] = {"bytes": os.stat(part / name).st_size, "count": count, "sha256": digest}
+    return index
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, required=True, help="scan's directory")
+    parser.add_argument("--split", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, required=True)
+    args = parser.parse_args()
+    root = Path(load_params("data", DataParams).root)
+    audio, params = load_params("audio", AudioParams), load_params("resample", ResampleParams)
+    stage, manifest = f"resample_{args.split}", args.manifest / f"{args.split}.csv"
+
+    with running(stage, args.out):
+        # A raised bound must find the finished shards.
+        numbers = params.model_dump_json(exclude={"max_bad_fraction"})
+        run = fingerprint(audio, numbers, str(root), args.split, manifest)
+        scratch = scratch_dir(stage, run)
+        summary = resample_split(manifest, root, args.split, args.out, scratch, audio, params)
+        write_json(args.summary, summary)
+        shutil.rmtree(scratch)
+    for key in ("bad_reasons", "notes"):
+        logger.info("%s: %s", key, ", ".join(f"{name} {n}" for name, n in summary[key].items()) or "none")
+    logger.info(
+        "%s: %d clips kept (%.0f s), %d bad, %d missing",
+        args.split, summary["kept"], summary["audio_seconds"], summary["bad"], summary["missing"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
