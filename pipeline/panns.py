@@ -257,12 +257,13 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 def save(network: nn.Module, directory: Path) -> None:
     """Write config.json and weights.safetensors, byte for byte the same for the same network."""
+    config = _config(network)
     directory.mkdir(parents=True, exist_ok=True)
     weights = network if isinstance(network, SmallCnn) else network.network
     assert isinstance(weights, nn.Module)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state_dict().items()}
     save_file(tensors, directory / "weights.safetensors")
-    (directory / "config.json").write_text(json.dumps(_config(network), indent=2, sort_keys=True) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _load(directory: Path) -> nn.Module:
