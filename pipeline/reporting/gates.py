@@ -52,12 +52,12 @@ class Gate:
 
     key: str
     bound: Bound
-    value: float | None
+    value: int | float | None
     passed: bool
     why: str
 
 
-def evaluate_gates(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Gate]:
+def evaluate_gates(metrics: Mapping[str, int | float], bounds: Mapping[str, Bound]) -> list[Gate]:
     """Hold each bound against its number. A number that is not there does not pass."""
     gates = []
     for key, bound in bounds.items():
@@ -74,7 +74,7 @@ def evaluate_gates(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) ->
     return gates
 
 
-def read_metrics(path: Path) -> dict[str, float]:
+def read_metrics(path: Path) -> dict[str, int | float]:
     """Read a flat metrics.json. Anything that is not finite numbers under string keys is refused, by name."""
 
     def refuse(constant: str) -> NoReturn:

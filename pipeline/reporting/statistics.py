@@ -123,7 +123,7 @@ def wilcoxon_p(difference: Float[np.ndarray, " classes"]) -> float:
 class Summary:
     """All numbers of the report that come from scores: flat ones for metrics.json, and one row per class."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
     per_class: pd.DataFrame
 
 
@@ -155,7 +155,7 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
     }
     bootstrap = cluster_bootstrap(columns, class_index, clip, n_resamples=n_resamples, seed=seed)
 
-    metrics: dict[str, float] = {"schema": SCHEMA}
+    metrics: dict[str, int | float] = {"schema": SCHEMA}
     frames: list[pd.DataFrame] = []
     mixture = class_of_pair[["sdr_mixture", "si_sdr_mixture", "bss_sdr_mixture"]].rename(
         columns=lambda name: name.removesuffix("_mixture")
@@ -198,6 +198,7 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
             metrics[f"{prefix}.wilcoxon_p"] = wilcoxon_p(point)
             metrics[f"{prefix}.classes_better"] = int((point > 0).sum())
             metrics[f"{prefix}.classes_worse"] = int((point < 0).sum())
+            metrics[f"{prefix}.classes_same"] = int((point == 0).sum())
             frame["versus"] = models[0]
             frame["delta_sdri_median"] = point
             frame["delta_sdri_median_ci_lo"], frame["delta_sdri_median_ci_hi"] = interval(delta["median"].resampled)
@@ -253,7 +254,7 @@ def _differences(
     }
 
 
-def _aggregates(table: pd.DataFrame, class_index: np.ndarray) -> dict[str, float]:
+def _aggregates(table: pd.DataFrame, class_index: np.ndarray) -> dict[str, int | float]:
     """Both aggregates of each column that has a value at all."""
     grouped = table.groupby(class_index)
     return {

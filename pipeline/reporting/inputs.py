@@ -1,0 +1,155 @@
+"""What the data stages left behind, counted for the report. A stage that was not run leaves None, never a guess."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why clips were put aside, how many, and the first few of them."""
+
+    reason: str
+    count: int
+    clip_ids: list[str]
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One split, from its metadata to its pairs. None where a stage has left nothing."""
+
+    split: str
+    clips_missing: int | None = None  # listed in the metadata, no audio
+    clips_kept: int | None = None
+    clips_quarantined: int | None = None
+    reasons: list[Reason] = field(default_factory=list)
+    anchors: int | None = None
+    classes_with_anchors: int | None = None
+    classes_without_anchors: list[str] | None = None  # mids
+    classes_without_pairs: list[str] | None = None  # mids: they have anchors, yet none makes a pair
+    purity: Float[np.ndarray, " anchors"] | None = None
+    pairs: int | None = None
+    gain_clamped: int | None = None
+
+    @property
+    def clips_listed(self) -> int | None:
+        """All clips of the metadata."""
+        known = [self.clips_missing, self.clips_kept, self.clips_quarantined]
+        return sum(n for n in known if n is not None) if self.clips_kept is not None else None
+
+    def metrics(self) -> dict[str, int | float]:
+        """The counts for metrics.json: data.<split>.<what>; those unknown are left out."""
+        counts = {
+            "clips_missing": self.clips_missing,
+            "clips_kept": self.clips_kept,
+            "clips_quarantined": self.clips_quarantined,
+            "anchors": self.anchors,
+            "classes_with_anchors": self.classes_with_anchors,
+            "classes_without_anchors": _len(self.classes_without_anchors),
+            "classes_without_pairs": _len(self.classes_without_pairs),
+            "pairs": self.pairs,
+            "gain_clamped": self.gain_clamped,
+        }
+        return {f"data.{self.split}.{name}": value for name, value in counts.items() if value is not None}
+
+
+def read_split(split: str, *, manifest: Path, clips: Path, anchors: Path, pairs: Path) -> SplitData:
+    """Count one split. Each argument is the directory above the splits: data/manifest, data/clips, ..."""
+    found: dict[str, Any] = {}
+    listed = _table(manifest / f"{split}.csv")
+    missing = _table(manifest / "missing.csv")
+    if missing is not None:
+        # A missing clip is known by its split or by its subset; a subset belongs to the split whose manifest has it.
+        if "split" in missing:
+            found["clips_missing"] = int((missing["split"] == split).sum())
+        elif listed is not None and "subset" in missing and "subset" in listed:
+            found["clips_missing"] = int(missing["subset"].isin(set(listed["subset"])).sum())
+    clip_table = _table(clips / split / "manifest.csv")
+    if clip_table is not None:
+        bad = clip_table[clip_table["status"] != "ok"]
+        found["clips_kept"] = len(clip_table) - len(bad)
+        found["clips_quarantined"] = len(bad)
+        found["reasons"] = [
+            Reason(str(reason), len(rows), sorted(rows["clip_id"])[:3])
+            for reason, rows in sorted(bad.groupby("status"), key=lambda item: (-len(item[1]), item[0]))
+        ]
+    with_anchors: set[str] | None = None
+    if (index := anchors / split / "index.parquet").is_file():
+        table = pd.read_parquet(index, columns=["mid", "purity"])
+        with_anchors = set(table["mid"])
+        found["anchors"] = len(table)
+        found["classes_with_anchors"] = len(with_anchors)
+        found["purity"] = table["purity"].to_numpy(dtype=float)
+        header = json.loads((anchors / split / "index.json").read_text(encoding="utf-8"))
+        found["classes_without_anchors"] = [str(mid) for mid in header["empty_classes"]]
+    if (path := pairs / split / "pairs.parquet").is_file():
+        table = pd.read_parquet(path, columns=["mid", "clamped"])
+        found["pairs"] = len(table)
+        found["gain_clamped"] = int(table["clamped"].sum())
+        if with_anchors is not None:
+            found["classes_without_pairs"] = sorted(with_anchors - set(table["mid"]))
+    return SplitData(split, **found)
+
+
+def read_pairs(pairs: Path) -> pd.DataFrame | None:
+    """The evaluation manifest, or None where there is none."""
+    path = pairs / "eval" / "pairs.parquet"
+    return pd.read_parquet(path) if path.is_file() else None
+
+
+def read_curves(summaries: Path, models: list[str]) -> dict[str, pd.DataFrame]:
+    """Training curves of the models that were trained here (a published checkpoint has none)."""
+    found = {model: summaries / f"train_{model}.csv" for model in models}
+    return {model: pd.read_csv(path) for model, path in found.items() if path.is_file()}
+
+
+def read_summaries(summaries: Path, names: list[str]) -> dict[str, dict[str, Any] | None]:
+    """Stage summaries by name; None where a stage was not run."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in names:
+        path = summaries / f"{name}.json"
+        found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found
+
+
+def flat_scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A summary as dotted key -> text, for showing.
+
+    Lists become their length, as do tables of more than 20 entries (one per class); absolute paths are left out.
+    """
+    shown: dict[str, str] = {}
+    for key, item in sorted(value.items()):
+        name = f"{prefix}{key}"
+        if isinstance(item, Mapping) and len(item) > 20:
+            shown[name] = f"{len(item)} entries"
+        elif isinstance(item, Mapping):
+            shown |= flat_scalars(item, f"{name}.")
+        elif isinstance(item, list):
+            shown[name] = f"{len(item)} entries"
+        elif isinstance(item, float):
+            shown[name] = f"{item:.6g}"
+        elif not (isinstance(item, str) and Path(item).is_absolute()):
+            shown[name] = "none" if item is None else str(item)
+    return shown
+
+
+def read_timings(timings: Path) -> dict[str, dict[str, int | float]]:
+    """Seconds and peak memory of every stage's last run that succeeded, by stage."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(timings.glob("*.json"))}
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    # All as text: a clip may be called "nan" or "1e5".
+    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else None
+
+
+def _len(names: list[str] | None) -> int | None:
+    return None if names is None else len(names)

@@ -1,0 +1,158 @@
+"""Table I, ours beside the paper's: the rows for the page and for table1.md, from the numbers of metrics.json."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+AVERAGE = "average"
+MINUS, DASH = "\u2212", "\u2013"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system under one kind of query; `numbers` by the column's key, those unknown left out."""
+
+    system: str
+    query: str
+    numbers: dict[str, int | float] = field(default_factory=dict)
+    ours: bool = True
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Something that makes our numbers comparable with the paper's, or not."""
+
+    what: str
+    ours: str
+    paper: str
+
+    @property
+    def same(self) -> bool:
+        """Whether there is nothing to hold against the comparison here."""
+        return self.ours == self.paper
+
+
+COLUMNS = {
+    "sdr_class_median_mean": "SDR",
+    "sdri_class_median_mean": "SDRi",
+    "sdri_class_mean_mean": "SDRi, mean of means",
+    "si_sdri_class_median_mean": "SI-SDRi",
+    "bss_sdr_class_median_mean": "BSS SDR",
+    "bss_sir_class_median_mean": "BSS SIR",
+    "bss_sar_class_median_mean": "BSS SAR",
+    "n_pairs": "pairs",
+    "n_classes": "classes",
+}
+
+# Zhao et al., arXiv:2407.11745, Table I: AudioSet, average query. It gives no oracle, no interval, and not which
+# aggregate; Kong et al.'s, whose evaluation it takes over, is the class median.
+PAPER = (
+    Row("ResUNet", AVERAGE, {"sdr_class_median_mean": 5.23, "sdri_class_median_mean": 5.18}, ours=False),
+    Row("MAE-ResUNet, frozen", AVERAGE, {"sdri_class_median_mean": 5.62}, ours=False),
+    Row("MAE-ResUNet, updated", AVERAGE, {"sdri_class_median_mean": 5.64}, ours=False),
+)
+
+
+def our_rows(metrics: Mapping[str, int | float], models: Sequence[str], queries: Sequence[str]) -> list[Row]:
+    """One row per model and query that has numbers, in this order."""
+    rows = []
+    for model in models:
+        for query in queries:
+            prefix = f"{model}.{query}."
+            numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+            if numbers:
+                rows.append(Row(model, query, numbers))
+    return rows
+
+
+def difference_rows(metrics: Mapping[str, int | float], models: Sequence[str], queries: Sequence[str]) -> list[Row]:
+    """One row per later model and query: its difference to the first model. Empty for a single model."""
+    rows = []
+    for model in models[1:]:
+        for query in queries:
+            prefix = f"{model}.{query}.vs_{models[0]}."
+            numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+            if numbers:
+                rows.append(Row(f"{model} {MINUS} {models[0]}", query, numbers))
+    return rows
+
+
+def db(value: int | float | None, *, signed: bool = False) -> str:
+    """A number of dB with two decimals and a true minus; a dash for None."""
+    if value is None:
+        return DASH
+    text = f"{value + 0.0:{'+' if signed else ''}.2f}"
+    return text.replace("-", MINUS) if float(text) else text.replace("-", "")
+
+
+def interval(numbers: Mapping[str, int | float], key: str, *, signed: bool = False) -> str:
+    """The 95 % interval beside `key`, or nothing where there is none."""
+    low, high = numbers.get(f"{key}_ci_lo"), numbers.get(f"{key}_ci_hi")
+    return "" if low is None or high is None else f"[{db(low, signed=signed)}, {db(high, signed=signed)}]"
+
+
+def cell(row: Row, column: str) -> str:
+    """A number of Table I as text, with its interval where it has one."""
+    value = row.numbers.get(column)
+    if value is not None and column.startswith("n_"):
+        return f"{value:,.0f}"
+    return f"{db(value)} {interval(row.numbers, column)}".strip()
+
+
+def table1_markdown(
+    ours: Sequence[Row], differences: Sequence[Row], comparisons: Sequence[Comparison], notes: Sequence[str]
+) -> str:
+    """table1.md: our rows, the paper's, the differences, and what must be borne in mind in comparing them."""
+    lines = [
+        "# Table I",
+        "",
+        "In dB: the mean over classes of the per-class median, but where the column says otherwise; "
+        "in brackets the 95 % interval.",
+        "",
+    ]
+    lines += _table(
+        ["", "query", *COLUMNS.values()],
+        [[row.system, row.query, *(cell(row, column) for column in COLUMNS)] for row in ours]
+        + [[f"paper: {row.system}", row.query, *(cell(row, column) for column in COLUMNS)] for row in PAPER],
+    )
+    if differences:
+        lines += ["", "## Differences, paired by pair", ""]
+        key = "sdri_class_median_mean"
+        lines += _table(
+            ["", "query", "Δ SDRi", "Δ SDRi, mean of means", "Wilcoxon p over classes", "classes better / worse"],
+            [
+                [
+                    row.system,
+                    row.query,
+                    f"{db(row.numbers.get(key), signed=True)} {interval(row.numbers, key, signed=True)}",
+                    f"{db(row.numbers.get('sdri_class_mean_mean'), signed=True)} "
+                    f"{interval(row.numbers, 'sdri_class_mean_mean', signed=True)}",
+                    f"{row.numbers['wilcoxon_p']:.2g}",
+                    f"{row.numbers['classes_better']:.0f} / {row.numbers['classes_worse']:.0f}",
+                ]
+                for row in differences
+            ],
+        )
+    lines += ["", "## Comparability", ""]
+    lines += _table(
+        ["", "here", "paper", ""],
+        [[c.what, c.ours, c.paper, "same" if c.same else "**differs**"] for c in comparisons],
+        escape_last=False,
+    )
+    if notes:
+        lines += ["", *(f"- {_escape(note)}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape_last: bool = True) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for row in rows:
+        cells = [_escape(text) if escape_last or i + 1 < len(row) else text for i, text in enumerate(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _escape(text: str) -> str:
+    """Names are data: none may open a cell, code or a tag."""
+    for character in "\\`*<>|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())

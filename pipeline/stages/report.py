@@ -1,0 +1,422 @@
+"""Stage report: the numbers of the run, and one page to look at and listen to.
+
+metrics.json (flat, for `dvc metrics` and the gates), per_class.csv, table1.md, three drawings, provenance.json and
+report.html, which needs no other file and no network. All are made from one set of numbers. The same inputs give the
+same bytes; only what names the run (provenance.json, and timings in report.html) may differ.
+"""
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from jaxtyping import Float
+from markupsafe import Markup
+from pydantic import ConfigDict, Field
+
+from pipeline import ontology
+from pipeline.config import Params, load_params
+from pipeline.reporting import charts, page, sounds, tables
+from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
+from pipeline.reporting.inputs import (
+    SPLITS,
+    SplitData,
+    flat_scalars,
+    read_curves,
+    read_pairs,
+    read_split,
+    read_summaries,
+    read_timings,
+)
+from pipeline.reporting.provenance import provenance
+from pipeline.reporting.scores import QUERIES, listed_models, read_scores
+from pipeline.reporting.statistics import per_class_csv, summarise
+from pipeline.runtime import running, write_atomic, write_json
+
+log = logging.getLogger(__name__)
+
+# Characters of data URIs in the page: with it the page stays under 900 kB, fit to lie in git.
+MEDIA_BUDGET = 720_000
+
+
+class ReportParams(Params):
+    """`report:` in params.yaml."""
+
+    bootstrap_resamples: int = Field(gt=1)
+    bootstrap_seed: int = Field(ge=0)
+
+
+class Context(Params):
+    """Part of another stage's section: what the report says of it. The section is checked by that stage."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class DataContext(Context):
+    """Of `data:`."""
+
+    source: str
+    train: list[str]
+    eval: list[str]
+
+
+class SedContext(Context):
+    """Of `sed:`."""
+
+    weights: str | None
+    query_weights: str | None
+
+
+class PairsContext(Context):
+    """Of `pairs:`."""
+
+    exclude: str
+    normalize: str
+
+
+class EvalPairsContext(Context):
+    """Of `make_eval_pairs:`."""
+
+    pairs_per_class: int
+
+
+class TrainContext(Context):
+    """Of `train:`."""
+
+    steps: int
+    batch_size: int
+
+
+class SeparatorsContext(Context):
+    """`separators:`: which entries there are, in their order. The others are held against the first."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]]
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The entries by name."""
+        return dict(self.__pydantic_extra__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything of params.yaml that the report uses or shows."""
+
+    report: ReportParams
+    bounds: dict[str, Bound]
+    data: DataContext
+    sed: SedContext
+    pairs: PairsContext
+    eval_pairs: EvalPairsContext
+    train: TrainContext
+    separators: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Settings":
+        """Read params.yaml; ValueError names what does not fit."""
+        return cls(
+            load_params("report", ReportParams, path),
+            load_params("gate", GateParams, path).bounds,
+            load_params("data", DataContext, path),
+            load_params("sed", SedContext, path),
+            load_params("pairs", PairsContext, path),
+            load_params("make_eval_pairs", EvalPairsContext, path),
+            load_params("train", TrainContext, path),
+            load_params("separators", SeparatorsContext, path).entries,
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie; each holds one folder per split or model."""
+
+    scores: Path
+    manifest: Path
+    clips: Path
+    anchors: Path
+    pairs: Path
+    summaries: Path
+    timings: Path
+    params: Path
+    root: Path  # of the checkout
+
+
+def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables.Comparison]:
+    """What bears on comparing our Table I with the paper's (Zhao et al., section III; Kong et al.)."""
+    trained = {name: entry for name, entry in settings.separators.items() if entry.get("weights") is None}
+    models = [entry.get("model", {}) for entry in settings.separators.values()]
+    n_fft = sorted({model["n_fft"] for model in models if "n_fft" in model})
+    here_source = settings.data.source
+    query = "Cnn14" if settings.sed.query_weights else "small network of this run"
+    detector = "Cnn14_DecisionLevelMax" if settings.sed.weights else "small network of this run"
+    return [
+        tables.Comparison(
+            "corpus",
+            f"{here_source}: {', '.join(settings.data.train)} / {', '.join(settings.data.eval)}",
+            "audioset: balanced_train / eval",
+        ),
+        tables.Comparison("classes", f"{n_classes:,}", "527"),
+        tables.Comparison("pairs per class", f"{settings.eval_pairs.pairs_per_class:,}", "100"),
+        tables.Comparison("pairs", f"{n_pairs:,}", "52,700"),
+        tables.Comparison("detector that cuts the anchors", detector, "Cnn14_DecisionLevelMax"),
+        tables.Comparison("query encoder", query, "Cnn14"),
+        tables.Comparison("training steps", f"{settings.train.steps:,}" if trained else "published weights", "600,000"),
+        tables.Comparison("batch size", f"{settings.train.batch_size}" if trained else "published weights", "16"),
+        tables.Comparison("STFT window", " / ".join(map(str, n_fft)) or "unknown", "1024"),
+        tables.Comparison("gain rule (Eq. 2)", settings.pairs.normalize, "separate as written; at evaluation not said"),
+        tables.Comparison(
+            "interferer never carries",
+            {
+                "none": "another class, nothing more asked",
+                "label": "the target's label",
+                "ontology": "the target's label or its kin",
+            }.get(settings.pairs.exclude, settings.pairs.exclude),
+            "another class, nothing more asked",
+        ),
+    ]
+
+
+def read_examples(scores: Path, models: Sequence[str]) -> tuple[list[page.Example], int, int]:
+    """Examples that fit the budget of the page, how many did not, and the sample rate (0: there are none).
+
+    The pairs are those of the first model; mixture and target are shared, each model adds its estimates.
+    """
+    listing = scores / models[0] / "examples" / "examples.json"
+    described = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else []
+    by_model = {models[0]: {item["pair"]: item for item in described}}
+    for model in models[1:]:
+        other = scores / model / "examples" / "examples.json"
+        items = json.loads(other.read_text(encoding="utf-8")) if other.is_file() else []
+        by_model[model] = {item["pair"]: item for item in items}
+    examples: list[page.Example] = []
+    rate, spent = 0, 0
+    for item in described:
+        example, rate = _example(scores, by_model, item["pair"])
+        spent += sum(len(sound.audio) + len(sound.image) for sound in example.sounds)
+        if examples and spent > MEDIA_BUDGET:
+            break
+        examples.append(example)
+    return examples, len(described) - len(examples), rate
+
+
+def _example(scores: Path, by_model: dict[str, dict[int, dict[str, Any]]], pair: int) -> tuple[page.Example, int]:
+    first = next(iter(by_model))
+    item = by_model[first][pair]
+    waveforms: list[tuple[str, str, Float[np.ndarray, " time"]]] = []  # name, caption, samples
+    rate = 0
+    for name in ("mixture", "target"):
+        waveform, rate = _read(scores / first / "examples" / Path(item["files"][name]).name)
+        caption = f"SDR {tables.db(item.get('sdr_mixture'), signed=True)} dB" if name == "mixture" else ""
+        waveforms.append((name, caption, waveform))
+    for model, items in by_model.items():
+        for query in QUERIES:
+            if pair not in items or query not in items[pair]["files"]:
+                continue
+            waveform, _ = _read(scores / model / "examples" / Path(items[pair]["files"][query]).name)
+            name = f"{query} query" if len(by_model) == 1 else f"{model}, {query} query"
+            sdri = items[pair].get(query, {}).get("sdri")
+            waveforms.append((name, f"SDRi {tables.db(sdri, signed=True)} dB", waveform))
+    images = charts.spectrogram_images([charts.log_spectrogram(w, rate) for _, _, w in waveforms])
+    panels = []
+    for (name, caption, waveform), image in zip(waveforms, images, strict=True):
+        gain = sounds.listening_gain(waveform)
+        panels.append(
+            page.Sound(
+                name,
+                sounds.data_uri(image, "image/webp"),
+                sounds.data_uri(sounds.encode(waveform * np.float32(gain), rate), "audio/mpeg"),
+                20 * float(np.log10(gain)),
+                caption,
+            )
+        )
+    seconds = len(waveforms[0][2]) / rate
+    return page.Example(pair, str(item["class_name"]), str(item["interferer_class_name"]), seconds, panels), rate
+
+
+def _read(path: Path) -> tuple[Float[np.ndarray, " time"], int]:
+    waveform, rate = soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32")
+    return waveform, rate
+
+
+def _names(mids: Sequence[str] | None) -> list[str]:
+    return [ontology.class_of(mid).name if ontology.is_class(mid) else mid for mid in mids or []]
+
+
+def _rerun(found: dict[str, Any]) -> str:
+    """The commands that give this run again."""
+    code, params = found["code"], found["params"]
+    lines = [f"git checkout {code['revision']}"] if code["revision"] else []
+    if params["profile"]:
+        lines.append(f"cp {params['profile']} params.yaml")
+    elif "params.yaml" in code["changed_files"]:
+        lines.append(f"# params.yaml had changes of its own: sha256 {params['sha256']}")
+    return "\n".join([*lines, "make repro", "python -m pipeline.gate reports/metrics.json"])
+
+
+def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
+    notes = {}
+    for model in models:
+        if settings.separators[model].get("weights") is not None:
+            notes[model] = "published weights, not trained here"
+        elif model not in trained:
+            notes[model] = "no training curve was left"
+        else:
+            notes[model] = f"{settings.train.steps:,} steps of {settings.train.batch_size} mixtures"
+    return notes
+
+
+def report(places: Places, out: Path, settings: Settings) -> dict[str, int | float]:
+    """Write all files of the report into `out`; return what metrics.json holds.
+
+    ValueError where scores are missing for every model, incomplete, or of different pairs for different models.
+    A model without scores, and a data stage that was not run, are named in the page.
+    """
+    models, not_evaluated, left_over = listed_models(places.scores, settings.separators)
+    notes = [f"{model} is in params.yaml but was not evaluated" for model in not_evaluated]
+    notes += [f"scores of {model} were ignored: params.yaml has no such entry" for model in left_over]
+    for note in notes:
+        log.warning(note)
+    scores = read_scores(places.scores, models, read_pairs(places.pairs))
+    summary = summarise(
+        scores,
+        {c.mid: c.name for c in ontology.classes()},
+        n_resamples=settings.report.bootstrap_resamples,
+        seed=settings.report.bootstrap_seed,
+    )
+    splits = [
+        read_split(split, manifest=places.manifest, clips=places.clips, anchors=places.anchors, pairs=places.pairs)
+        for split in SPLITS
+    ]
+    metrics = summary.metrics
+    for split in splits:
+        metrics |= split.metrics()
+    metrics = dict(sorted(metrics.items()))
+    curves = {model: curve for model, curve in read_curves(places.summaries, models).items() if not curve.empty}
+    found = provenance(
+        places.root, places.params, [places.manifest / name for name in ("train.csv", "eval.csv", "missing.csv")]
+    )
+    drawings = {
+        "class_sdri": charts.class_chart(summary.per_class),
+        "training": charts.training_chart(curves),
+        "purity": charts.purity_chart({s.split: s.purity for s in splits if s.purity is not None}),
+    }
+    ours = tables.our_rows(metrics, models, QUERIES)
+    differences = tables.difference_rows(metrics, models, QUERIES)
+    compared = comparisons(settings, int(metrics["mixture.n_classes"]), int(metrics["mixture.n_pairs"]))
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", metrics)
+    write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
+    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, notes))
+    for name, svg in drawings.items():
+        write_atomic(out / f"{name}.svg", svg)
+    write_json(out / "provenance.json", found)
+
+    examples, left_out, rate = read_examples(places.scores, models)
+    context = {
+        "models": models,
+        "metrics": metrics,
+        "rows": ours,
+        "paper_rows": tables.PAPER,
+        "differences": differences,
+        "comparisons": compared,
+        "columns": tables.COLUMNS,
+        "gates": evaluate_gates(metrics, settings.bounds),
+        "notes": notes,
+        "n_resamples": settings.report.bootstrap_resamples,
+        "examples": examples,
+        "examples_left_out": left_out,
+        "nyquist_khz": rate / 2000,
+        "loudness_db": sounds.LOUDNESS_DB,
+        "class_svg": Markup(charts.themed(drawings["class_sdri"], "SDRi by class")),
+        "training_svg": Markup(charts.themed(drawings["training"], "Loss by training step")),
+        "purity_svg": Markup(charts.themed(drawings["purity"], "Purity of the anchors")),
+        "training_notes": _training_notes(settings, models, list(curves)),
+        "splits": splits,
+        "provenance": found,
+        "rerun": _rerun(found),
+        "limitations": page.limitations(
+            settings.data.source, settings.pairs.normalize, int(metrics["mixture.n_classes_with_one_clip"])
+        ),
+        "licences": page.licences(settings.data.source, _published(settings)),
+        **_class_context(summary.per_class, splits),
+        **_stage_context(places, models),
+    }
+    filters = {"db": tables.db, "interval": tables.interval, "cell": tables.cell}
+    write_atomic(out / "report.html", page.render(context, filters))
+    return metrics
+
+
+def _class_context(per_class: Any, splits: Sequence[SplitData]) -> dict[str, Any]:
+    titles, rows = page.class_table(per_class)
+    evaluation = next(split for split in splits if split.split == "eval")
+    without = sorted({*(evaluation.classes_without_anchors or []), *(evaluation.classes_without_pairs or [])})
+    return {
+        "class_titles": titles,
+        "class_rows": rows,
+        "eval_without": sorted(_names(without)),
+        "without_anchors": {split.split: sorted(_names(split.classes_without_anchors)) for split in splits},
+        "without_pairs": {split.split: sorted(_names(split.classes_without_pairs)) for split in splits},
+    }
+
+
+def _stage_context(places: Places, models: Sequence[str]) -> dict[str, Any]:
+    names = [f"{stage}_{split}" for stage in ("resample", "mine_anchors", "pairs") for split in SPLITS]
+    names = [*names[:2], "sed", *names[2:], *(f"evaluate_{model}" for model in models)]
+    summaries = read_summaries(places.summaries, names)
+    timings = read_timings(places.timings)
+    detector = (summaries["sed"] or {}).get("mean_average_precision")
+    return {
+        "summaries": {name: None if value is None else flat_scalars(value) for name, value in summaries.items()},
+        "detector_map": detector,
+        "timings": {
+            stage: {
+                "seconds": float(taken["seconds"]),
+                "peak": max(taken.get("peak_rss_bytes") or 0, taken.get("peak_rss_child_bytes") or 0) or None,
+            }
+            for stage, taken in timings.items()
+        },
+        "total_seconds": sum(float(taken["seconds"]) for taken in timings.values()),
+    }
+
+
+def _published(settings: Settings) -> list[str]:
+    """File names of the published weights that this run used."""
+    paths = [settings.sed.weights, settings.sed.query_weights]
+    paths += [entry.get("weights") for entry in settings.separators.values()]
+    return sorted({Path(path).name for path in paths if path is not None})
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("scores", "manifest", "clips", "anchors", "pairs", "summaries", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    args = parser.parse_args()
+    settings = Settings.load(Path("params.yaml"))
+    places = Places(
+        args.scores,
+        args.manifest,
+        args.clips,
+        args.anchors,
+        args.pairs,
+        args.summaries,
+        timings=Path("data/timings"),  # where runtime.running leaves them
+        params=Path("params.yaml"),
+        root=Path("."),
+    )
+    with running("report", args.out):
+        metrics = report(places, args.out, settings)
+        for gate in evaluate_gates(metrics, settings.bounds):
+            log.info("gate %s: %s (%s)", gate.key, "pass" if gate.passed else "FAIL", gate.why)
+
+
+if __name__ == "__main__":
+    main()
