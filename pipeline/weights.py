@@ -7,6 +7,7 @@ expected one, and then by torch's restricted unpickler. Nothing here uses the ne
 import hashlib
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def _unpickle(path: Path, entry: str) -> object:
             # PANNs' files are of torch's format before 1.6, which is not a zip and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Of torch's message only the finding: the rest is advice on how to open the file unsafely.
+        finding = re.search(r"GLOBAL [\w.]+|operand \d+", str(error))
+        reason = f"it needs {finding[0]}" if finding else f"{type(error).__name__}: {str(error)[:100]}"
         raise ValueError(
             f"{path} cannot be read as plain tensors, and is not opened in any other way: {reason}"
         ) from None
