@@ -162,7 +162,7 @@ def train_small(clips: ClipReader, params: SedParams, *, clip_samples: int, scra
         scratch=scratch,
         curve=curve,
         log_every_steps=10,
-        checkpoint_every_seconds=60,
+        checkpoint_every_seconds=60.0,
     )
     return network.cpu()
 

@@ -1,0 +1,83 @@
+"""Directories as the stages write them, small: clips with tones of known class, and anchors cut from them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import anchors, ontology, shards
+
+SAMPLE_RATE = 32000
+# Speech, Dog and Bell stand for three pitches.
+PITCH_HZ = {"/m/09x0r": 300.0, "/m/0bt9lr": 900.0, "/m/0395lw": 2700.0}
+MIDS = tuple(PITCH_HZ)
+
+
+def tone(mid: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Int16: the class' pitch at a random level and phase, in faint noise."""
+    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    waveform = rng.uniform(0.1, 0.5) * np.sin(2 * np.pi * PITCH_HZ[mid] * t + rng.uniform(0, 6))
+    return np.rint(32767 * (waveform + 0.01 * rng.standard_normal(len(t))).clip(-1, 1)).astype(np.int16)
+
+
+def write_clips(directory: Path, n_per_class: int, *, seconds: float = 4.0, seed: int = 0) -> Path:
+    """A clips directory (see `resample`): in every clip one class sounds in its second half; the rest is faint noise."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    samples, rows = [], []
+    for number in range(n_per_class):
+        for mid in MIDS:
+            clip_id = f"clip{seed}_{number}_{MIDS.index(mid)}"
+            quiet = np.rint(30 * rng.standard_normal(round(seconds / 2 * SAMPLE_RATE))).astype(np.int16)
+            pcm = np.concatenate([quiet, tone(mid, seconds / 2, rng)])
+            samples.append((clip_id, {"wav": shards.encode_wav(pcm, SAMPLE_RATE)}))
+            rows.append({"clip_id": clip_id, "labels": mid, "status": "ok", "duration_seconds": seconds})
+    place = {member.key: member for member in shards.write_shard(directory / "clips-00000.tar", samples)}
+    for row in rows:
+        member = place[row["clip_id"]]
+        row |= {"shard": "clips-00000.tar", "offset": member.offset, "size": member.size}
+    with (directory / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["clip_id"]))
+    shards.write_index(directory)
+    return directory
+
+
+def write_anchors(
+    directory: Path, n_per_class: int, *, seconds: float = 0.25, query_dim: int = 4, seed: int = 0
+) -> Path:
+    """An anchors directory (see `mine_anchors`): a tone per anchor, and a query that tells the classes apart."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    samples, rows = [], []
+    for mid in MIDS:
+        index = ontology.class_of(mid).index
+        for number in range(n_per_class):
+            clip_id = f"clip{seed}_{number}_{MIDS.index(mid)}"
+            pcm = tone(mid, seconds, rng)
+            query = (np.arange(query_dim) == MIDS.index(mid)).astype(np.float32)
+            key = anchors.anchor_key(clip_id, index)
+            samples.append((key, {"wav": shards.encode_wav(pcm, SAMPLE_RATE), "npy": shards.encode_array(query)}))
+            waveform = pcm / 32768
+            rows.append(
+                {
+                    "anchor": key, "clip_id": clip_id, "class_index": index, "mid": mid, "labels": mid,
+                    "onset_seconds": 0.0, "score": 0.9, "purity": 0.9, "energy": float(np.mean(waveform**2)),
+                    "peak": float(abs(waveform).max()), "shard": "anchors-00000.tar", "sha256": "",
+                }
+            )  # fmt: skip
+    place = {(m.key, m.ext): m for m in shards.write_shard(directory / "anchors-00000.tar", samples)}
+    for row in rows:
+        wav, query = place[row["anchor"], "wav"], place[row["anchor"], "npy"]
+        row |= {"wav_offset": wav.offset, "wav_size": wav.size, "query_offset": query.offset, "query_size": query.size}
+    anchors.write_index(
+        directory,
+        rows,
+        sample_rate=SAMPLE_RATE,
+        segment_samples=round(seconds * SAMPLE_RATE),
+        query_dim=query_dim,
+        empty_classes=[],
+    )
+    shards.write_index(directory)
+    return directory

@@ -1,0 +1,152 @@
+"""The stage sed, on tones: it learns from weak labels when a class sounds, and takes published weights as they are."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.ontology import class_of
+from pipeline.panns import SmallCnn, load_detector, load_query_encoder
+from pipeline.shards import ClipReader
+from pipeline.stages.sed import AudioParams, SedParams, WeakLabels, mean_average_precision, sed
+from tests.corpora import MIDS, write_clips
+
+AUDIO = AudioParams(sample_rate=32000, clip_seconds=4.0, segment_seconds=2.0)
+PARAMS = SedParams(
+    weights=None,
+    weights_sha256=None,
+    query_weights=None,
+    query_weights_sha256=None,
+    seed=0,
+    channels=[8, 8, 16],
+    embedding_dim=16,
+    steps=120,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=5,
+    mixup=0.5,
+    gain_db=6.0,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clips")
+    return write_clips(directory / "train", 6, seed=0), write_clips(directory / "eval", 2, seed=1)
+
+
+def run(splits, out, **changes):
+    params = PARAMS.model_copy(update=changes)
+    return sed(*splits, out, out.with_suffix(".csv"), audio=AUDIO, params=params)
+
+
+@pytest.fixture(scope="module")
+def trained(splits, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("root")))
+        out = tmp_path_factory.mktemp("sed") / "sed"
+        return out, run(splits, out)
+
+
+def test_it_learns_the_classes_from_weak_labels(trained):
+    _, summary = trained
+    assert summary["mean_average_precision"] > 0.9
+    assert summary["n_classes"] == 3
+    assert summary["unknown_classes"] == []
+
+
+def test_it_knows_when_the_class_sounds(trained, splits):
+    detector = load_detector(trained[0] / "detector")
+    clips = ClipReader(splits[1], 32000)
+    for clip_id, clip in clips.clips.items():
+        column = detector.class_indices.index(class_of(clip.labels[0]).index)
+        with torch.inference_mode():
+            probability = detector.framewise_probability(torch.from_numpy(clips.waveform(clip_id))[None])[0, :, column]
+        quiet, sounding = probability.chunk(2)
+        assert sounding.mean() > quiet.mean(), clip_id
+
+
+def test_the_query_tells_the_classes_apart(trained, splits):
+    encoder = load_query_encoder(trained[0] / "query")
+    clips = ClipReader(splits[1], 32000)
+    waveforms = torch.stack([torch.from_numpy(clips.waveform(clip_id)[64000:]) for clip_id in clips.clips])
+    labels = [clip.labels[0] for clip in clips.clips.values()]
+    with torch.inference_mode():
+        distances = torch.cdist(encoder.embed(waveforms), encoder.embed(waveforms)).fill_diagonal_(torch.inf)
+    assert [labels[j] for j in distances.argmin(dim=1)] == labels
+
+
+def test_the_same_run_gives_the_same_bytes(trained, splits, tmp_path):
+    run(splits, tmp_path / "again")
+    for part in ("detector/weights.safetensors", "query/config.json"):
+        assert (tmp_path / "again" / part).read_bytes() == (trained[0] / part).read_bytes()
+
+
+def test_an_untrained_network_is_near_chance(splits):
+    torch.manual_seed(0)
+    network = SmallCnn(class_indices=[class_of(m).index for m in MIDS], channels=[8, 8], embedding_dim=8).eval()
+    summary = mean_average_precision(network, ClipReader(splits[1], 32000), clip_samples=128000)
+    assert summary["mean_average_precision"] < 0.8
+
+
+def test_a_class_that_the_detector_does_not_know_is_named(splits):
+    torch.manual_seed(0)
+    network = SmallCnn(class_indices=[class_of(m).index for m in MIDS[:2]], channels=[8], embedding_dim=8).eval()
+    summary = mean_average_precision(network, ClipReader(splits[1], 32000), clip_samples=128000)
+    assert summary["unknown_classes"] == [class_of(MIDS[2]).name]
+    assert summary["n_classes"] == 2
+
+
+def test_a_mixed_item_carries_both_labels_and_both_powers(splits, tmp_path):
+    clips = ClipReader(splits[0], 32000)
+    indices = sorted(class_of(mid).index for mid in MIDS)
+    data = WeakLabels(clips, indices, tmp_path / "log_mel.npy", clip_samples=128000)
+    plain, labels = data.batch(3, size=8, seed=0, mixup=0.0, gain_db=0.0)
+    mixed, both = data.batch(3, size=8, seed=0, mixup=1.0, gain_db=0.0)
+    assert torch.equal(both, torch.maximum(labels, labels.roll(1, 0)))
+    power = 10 ** (plain.double() / 10)
+    torch.testing.assert_close(mixed.double(), 10 * torch.log10(power + power.roll(1, 0)), atol=1e-3, rtol=0)
+    again, _ = data.batch(3, size=8, seed=0, mixup=0.0, gain_db=0.0)
+    other, _ = data.batch(4, size=8, seed=0, mixup=0.0, gain_db=0.0)
+    assert torch.equal(plain, again)
+    assert not torch.equal(plain, other)
+
+
+def test_published_weights_are_taken_as_they_are(splits, tmp_path):
+    """A file of the form of PANNs': the state under `model`, beside other things, in torch's old format."""
+    from pipeline.panns import panns_models
+
+    torch.manual_seed(0)
+    sizes = dict(sample_rate=32000, window_size=1024, hop_size=320, mel_bins=64, fmin=50, fmax=14000, classes_num=527)
+    network = panns_models().Cnn14_DecisionLevelMax(**sizes)
+    file = tmp_path / "detector.pth"
+    torch.save({"iteration": 1, "model": network.state_dict()}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    summary = run(splits, tmp_path / "sed", weights=str(file), weights_sha256=sha256, steps=1)
+    assert summary["detector"] == "detector.pth"
+    assert summary["query"] == "small"
+    assert json.loads((tmp_path / "sed/detector/config.json").read_text())["class"] == "PannsDetector"
+    assert load_detector(tmp_path / "sed/detector").class_indices == list(range(527))
+    with pytest.raises(ValueError, match=r"detector\.pth"):
+        run(splits, tmp_path / "sed", weights=str(file), weights_sha256="0" * 64)
+
+
+def test_weights_without_their_sha256_are_refused():
+    with pytest.raises(ValueError, match="without weights_sha256"):
+        SedParams(**{**PARAMS.model_dump(), "weights": "a.pth"})
+
+
+def test_another_sample_rate_is_refused(splits, tmp_path):
+    audio = AUDIO.model_copy(update={"sample_rate": 16000})
+    with pytest.raises(ValueError, match="16000"):
+        sed(*splits, tmp_path / "sed", tmp_path / "c.csv", audio=audio, params=PARAMS)
+
+
+def test_log_mels_of_short_clips_end_in_silence(tmp_path):
+    clips = ClipReader(write_clips(tmp_path / "short", 1, seconds=1.0), 32000)
+    data = WeakLabels(clips, [0], tmp_path / "log_mel.npy", clip_samples=64000)
+    assert data.log_mel.shape == (3, 201, 64)
+    assert np.all(data.log_mel[:, 110:] == -100.0)

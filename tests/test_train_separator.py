@@ -1,0 +1,152 @@
+"""The stage train_separator, on tones: it learns, resumes to the same bytes, and takes published weights as they are."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.mixing import PairsParams
+from pipeline.separators import build
+from pipeline.separators.resunet import dropped_shapes, published_name
+from pipeline.stages.train_separator import Batches, SeparatorParams, TrainParams, train_separator
+from tests.corpora import write_anchors
+
+ROOT = Path(__file__).parent.parent
+MODEL = {"n_fft": 256, "hop_length": 64, "channels": [4, 4, 4, 4, 4, 4]}
+ENTRY = SeparatorParams(architecture="resunet", weights=None, weights_sha256=None, model=MODEL)
+PAIRS = PairsParams(exclude="ontology", normalize="joint", match_energy=True, min_gain=0.02, max_gain=50.0)
+PARAMS = TrainParams(
+    seed=0,
+    steps=6,
+    batch_size=2,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    warmup=[[0.0, 0.1], [2.0, 1.0]],
+    decay="cosine",
+    gradient_clip=0.0,
+    precision="fp32",
+    device="cpu",
+    log_every_steps=2,
+    checkpoint_every_seconds=60.0,
+)
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    return write_anchors(tmp_path_factory.mktemp("anchors") / "train", 4)
+
+
+def run(anchors, out, entry=ENTRY, **changes):
+    params = PARAMS.model_copy(update=changes)
+    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), entry=entry, params=params, pairs=PAIRS)
+
+
+def test_training_lowers_the_loss_and_writes_what_evaluation_needs(anchors, tmp_path):
+    config = run(anchors, tmp_path / "out", steps=120, log_every_steps=20)
+    rows = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()[1:]]
+    assert float(rows[-1][1]) < 0.7 * float(rows[0][1])
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert config["model"] == {**MODEL, "query_dim": 4}
+    build(config["architecture"], **config["model"]).load_state_dict(load_file(tmp_path / "out/weights.safetensors"))
+
+
+def test_the_same_run_gives_the_same_bytes_and_another_seed_others(anchors, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        run(anchors, tmp_path / name, seed=seed)
+    one, two, other = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+
+
+def test_bfloat16_trains_too(anchors, tmp_path):
+    run(anchors, tmp_path / "out", precision="bf16")
+    assert all(t.dtype != torch.bfloat16 for t in load_file(tmp_path / "out/weights.safetensors").values())
+
+
+def test_a_batch_is_a_function_of_its_number(anchors):
+    one, two = (Batches(anchors, PAIRS, seed=0, batch_size=4) for _ in range(2))
+    two.load(7)
+    for a, b in zip(one.load(3), two.load(3), strict=True):
+        assert torch.equal(a, b)
+    mixture, target, query = one.load(3)
+    assert mixture.shape == target.shape == (4, 8000)
+    assert query.shape == (4, 4)
+    # Joint normalisation at 0 dB: the mixture peaks at one, and what is not target has the target's energy.
+    torch.testing.assert_close(mixture.abs().amax(dim=1), torch.ones(4))
+    torch.testing.assert_close((mixture - target).square().mean(dim=1), target.square().mean(dim=1))
+    assert "clip0_" in one.describe(3)
+
+
+def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
+    arguments = {"query_dim": 4, "n_fft": MODEL["n_fft"], "channels": MODEL["channels"]}
+    torch.manual_seed(0)
+    ours = build("resunet", hop_length=64, **arguments).state_dict()
+    state = {f"ss_model.{published_name(name)}": tensor for name, tensor in ours.items()}
+    state |= {f"ss_model.{name}": torch.zeros(shape) for name, shape in dropped_shapes(**arguments).items()}
+    state["ss_model.base.stft.conv_real.weight"][0, 0] = torch.hann_window(MODEL["n_fft"])
+    state["query_net.base.fc1.weight"] = torch.zeros(2)
+    file = tmp_path / "published.ckpt"
+    torch.save({"epoch": 0, "state_dict": state}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    entry = ENTRY.model_copy(update={"weights": str(file), "weights_sha256": sha256})
+    config = run(anchors, tmp_path / "out", entry)
+    assert config["steps"] == 0
+    written = load_file(tmp_path / "out/weights.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in ours.items())
+
+
+PARAMS_YAML = """
+pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
+train: {seed: 0, steps: 30, batch_size: 2, optimizer: adamw, learning_rate: 3e-3, warmup: [[0, 1.0]], decay: none,
+  gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.01}
+separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
+  model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4]}}}
+"""
+
+
+def start(anchors, directory):
+    directory.mkdir(exist_ok=True)
+    (directory / "params.yaml").write_text(PARAMS_YAML)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(directory)}
+    command = [sys.executable, "-m", "pipeline.stages.train_separator", "tiny", "--anchors", str(anchors)]
+    command += ["--out", "out", "--curve", "curve.csv"]
+    return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_run_again_it_gives_the_same_bytes(anchors, tmp_path):
+    process = start(anchors, tmp_path / "whole")
+    process.communicate()
+    assert process.returncode == 0
+    process = start(anchors, tmp_path / "killed")
+    scratch = tmp_path / "killed" / "data" / "scratch"
+    while not list(scratch.rglob("checkpoint.pt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "out").exists()
+    process = start(anchors, tmp_path / "killed")
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    assert "resumed at step" in log
+    for name in ("out/weights.safetensors", "out/config.json", "curve.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert not list(scratch.rglob("checkpoint.pt"))
+
+
+def test_a_wrong_param_stops_it_with_its_dotted_name(anchors, tmp_path):
+    (tmp_path / "params.yaml").write_text(PARAMS_YAML.replace("learning_rate: 3e-3", "learning_rate: fast"))
+    command = [sys.executable, "-m", "pipeline.stages.train_separator", "tiny", "--anchors", str(anchors)]
+    command += ["--out", "out", "--curve", "curve.csv"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "train.learning_rate: Input should be a valid number (got 'fast')" in result.stderr
