@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = "done.json"
 _LOG_SECONDS = 30.0
+_MAX_DEATHS = 3
 
 
 def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch: Path) -> dict[str, Path]:
@@ -56,15 +57,17 @@ def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch
     scratch = Path(scratch).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     with runtime.locked(scratch):
-        for leftover in scratch.glob(".*.tmp"):
-            runtime.remove(leftover)
+        _sweep(scratch)
         with ThreadPoolExecutor(max_workers=min(8, cpu_count())) as threads:
             finished = dict(zip(parts, threads.map(lambda name: is_finished(scratch / name), parts), strict=True))
         todo = {name: item for name, item in parts.items() if not finished[name]}
         for name in todo:
             runtime.remove(scratch / name)
         if todo:
-            _run(task, todo, scratch, n_finished=len(parts) - len(todo))
+            try:
+                _run(task, todo, scratch, n_finished=len(parts) - len(todo))
+            finally:
+                _sweep(scratch)
     return {name: scratch / name for name in parts}
 
 
@@ -86,6 +89,13 @@ def cpu_count() -> int:
     return cores
 
 
+def _sweep(scratch: Path) -> None:
+    """Remove what killed workers left. Whoever calls holds the lock, so no live run of ours writes there."""
+    for leftover in scratch.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # a remote worker may be removing the same
+            runtime.remove(leftover)
+
+
 def _hashes(directory: Path) -> dict[str, str]:
     files = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return {str(path.relative_to(directory)): runtime.sha256_file(path) for path in files if path.name != DONE}
@@ -96,6 +106,8 @@ def _hashes(directory: Path) -> dict[str, str]:
 
 def _run_part(task: Callable[[T, Path], object], item: T, name: str, scratch: Path) -> None:
     final = scratch / name
+    if is_finished(final):  # the worker that finished it died before it could say so
+        return
     temporary = scratch / f".{name}.{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
     try:
@@ -168,8 +180,10 @@ def _run_pickled(work: bytes, name: str, scratch: str) -> None:
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask when a local worker starts: a worker does not outlive a stage that was killed."""
+    """Called by Dask when a local worker starts: it does not outlive a stage that was killed, and it logs as we do."""
     runtime.die_with_parent()
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    runtime.log_to_stderr()
 
 
 # ------------------------------------------------------------------------------------------- all parts
@@ -186,7 +200,8 @@ def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n
                 progress.update()
         else:
             works = {name: _pickle((task, item)) for name, item in todo.items()}
-            with _client(address, min(n_workers, len(todo)), scratch) as client:
+            local = min(n_workers, len(todo))
+            with _remote_client(address) if address else _local_client(local, scratch) as client:
                 _run_on(client, works, scratch, progress)
 
 
@@ -200,43 +215,48 @@ def _n_workers() -> int:
 
 
 @contextlib.contextmanager
-def _client(address: str, n_workers: int, scratch: Path) -> Iterator[Any]:
-    import dask
-    from distributed import Client, LocalCluster
+def _remote_client(address: str) -> Iterator[Any]:
+    from distributed import Client
 
-    if address:
-        with Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-            yield client
-        return
+    with Client(address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        yield client
+
+
+@contextlib.contextmanager
+def _local_client(n_workers: int, scratch: Path) -> Iterator[Any]:
+    import dask
+
+    with dask.config.set({"logging": {"distributed": "error", "distributed.nanny": "warning"}}):
+        from distributed import Client, LocalCluster  # reads that when it is imported
+
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     settings = {
         "distributed.nanny.pre-spawn-environ": threads,
-        "distributed.worker.use-file-locking": False,
+        "distributed.scheduler.allowed-failures": _MAX_DEATHS,
         "distributed.scheduler.worker-ttl": None,  # a part may hold the GIL for minutes; a death is noticed anyway
-        "distributed.scheduler.allowed-failures": 3,
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
+        "distributed.worker.use-file-locking": False,
         "distributed.comm.timeouts.connect": "120s",
     }
     temporary = scratch / f".dask.{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
-    try:
-        with (
-            dask.config.set(settings),
-            LocalCluster(  # type: ignore[no-untyped-call]
-                n_workers=n_workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address=None,
-                memory_limit=0,
-                local_directory=str(temporary),
-                silence_logs=logging.CRITICAL,
-                preload=[__name__],
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
-        ):
-            yield client
-    finally:
-        runtime.remove(temporary)
+    with (
+        dask.config.set(settings),
+        LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=n_workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            security=True,  # else any user of this machine could send our scheduler code to run
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            memory_limit=0,
+            local_directory=str(temporary),
+            silence_logs=logging.CRITICAL,
+            preload=[__name__],
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+    ):
+        yield client
 
 
 def _run_on(client: Any, works: dict[str, bytes], scratch: Path, progress: "_Progress") -> None:
@@ -258,8 +278,11 @@ def _run_on(client: Any, works: dict[str, bytes], scratch: Path, progress: "_Pro
                     progress.report()
                     if client.status != "running":
                         raise ConnectionError(f"the Dask scheduler is gone (client {client.status})") from None
+            # Let go of: the scheduler would run a finished part again when the worker that holds its result dies.
+            future = futures.pop(name)
             try:
-                futures[name].result()
+                if not (scratch / name / DONE).exists():
+                    future.result()
             except KilledWorker as error:
                 raise RuntimeError(
                     f"part {name!r} was on each of {error.allowed_failures + 1} workers when they died: it crashes "
@@ -267,7 +290,7 @@ def _run_on(client: Any, works: dict[str, bytes], scratch: Path, progress: "_Pro
                 ) from error
             progress.update()
     finally:
-        client.cancel([future for future in futures.values() if not future.done()])
+        client.cancel(list(futures.values()))
 
 
 class _Progress:

@@ -18,6 +18,7 @@ This module must not import torch: the workers that resample load it, and torch 
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -116,7 +117,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, by a hard link where the file system allows, so that the first one stays."""
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
         shutil.copyfile(source, target)
 
 
@@ -132,12 +135,14 @@ def publish(directory: Path, out: Path) -> None:
     remove(old)
     remove(new)
     sync_tree(directory)
-    if os.stat(directory).st_dev != os.stat(out.parent).st_dev:
+    try:
+        os.rename(directory, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
         shutil.copytree(directory, new)
         sync_tree(new)
-    else:
-        os.rename(directory, new)
-    if out.is_symlink() or out.exists():
+    if os.path.lexists(out):
         os.rename(out, old)
     os.rename(new, out)
     sync(out.parent)
@@ -218,20 +223,25 @@ def scratch_dir(stage: str, fingerprint: str, keep: int = 1) -> Path:
     """
     _check_name(stage)
     directory = _root() / "data" / "scratch" / stage / fingerprint
+    lock = _lock_beside(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _acquire(_lock_beside(directory), f"another run of {stage} with the same inputs")
+    if lock not in _held:
+        _acquire(lock, f"another run of {stage} with the same inputs")
     directory.mkdir(exist_ok=True)
-    others = [path for path in directory.parent.glob("*.lock") if path != _lock_beside(directory)]
-    for lock in (
-        sorted(others, key=lambda path: path.stat().st_mtime_ns)[: len(others) - keep or None] if others else []
-    ):
-        try:
-            _acquire(lock, "")
-        except AlreadyRunning:
-            continue
-        remove(lock.with_suffix(""))
-        _release(lock, delete=True)
+    others = sorted((path for path in directory.parent.glob("*.lock") if path != lock), key=_last_used)
+    for other in others[: max(len(others) - keep, 0)]:
+        with suppress(AlreadyRunning):
+            _acquire(other, "it")
+            remove(other.with_suffix(""))
+            _release(other, delete=True)
     return directory
+
+
+def _last_used(lock: Path) -> float:
+    try:
+        return lock.stat().st_mtime  # written when the lock is taken
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
@@ -259,10 +269,10 @@ def _check_name(name: str) -> None:
 
 
 def _acquire(lock: Path, what: str) -> None:
+    if not _held:
+        _forget_locks_in_children()
     if lock in _held:
-        if what.startswith("another run of"):
-            return
-        raise AlreadyRunning(f"{what} is this very process")
+        raise AlreadyRunning(f"{what} is this very process (lock {lock})")
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -292,18 +302,24 @@ def _release(lock: Path, delete: bool = False) -> None:
     os.close(descriptor)
 
 
-def _forget_locks() -> None:
+@functools.cache
+def _forget_locks_in_children() -> None:
     # A forked child (a data loader's worker) has a copy of each descriptor, and would keep the lock of a parent
     # that was killed. Closing the copy leaves the parent's lock alone.
-    for descriptor in _held.values():
-        os.close(descriptor)
-    _held.clear()
+    def forget() -> None:
+        for descriptor in _held.values():
+            os.close(descriptor)
+        _held.clear()
 
-
-os.register_at_fork(after_in_child=_forget_locks)
+    os.register_at_fork(after_in_child=forget)
 
 
 # ------------------------------------------------------------------------------------------------- process
+
+
+def log_to_stderr() -> None:
+    """Log lines of level INFO and above, unless logging is set up already."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def die_with_parent(signum: int = signal.SIGKILL) -> None:
@@ -336,7 +352,7 @@ def running(stage: str, out: Path) -> Iterator[None]:
     child in bytes.
     """
     _check_name(stage)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     locks = _root() / "data" / "scratch" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     where = hashlib.sha256(os.fsencode(Path(out).resolve())).hexdigest()[:16]
@@ -369,7 +385,9 @@ def _ended_by_signals() -> Iterator[None]:
     previous_death = ctypes.c_int(0)
     _prctl(_PR_GET_PDEATHSIG, ctypes.byref(previous_death))
     previous = signal.signal(signal.SIGTERM, _terminate)
-    die_with_parent(signal.SIGTERM)
+    # Started by hand under nohup, a stage is meant to outlive its parent.
+    if "DVC_STAGE" in os.environ or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        die_with_parent(signal.SIGTERM)
     try:
         yield
     finally:
