@@ -17,6 +17,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, told apart also with colour-blind eyes.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -117,6 +118,10 @@ def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
         else:
             if min(float(c["loss"].min()) for c in curves.values() if "loss" in c and len(c)) > 0:
                 axes.set_yscale("log")
+                # Plain numbers at 1, 2 and 5 of each decade: matplotlib's own labels are formulas.
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss")
             _legend_above(axes, drawn)
@@ -171,7 +176,11 @@ def plain(text: str) -> str:
 
 def _legend_above(axes: Axes, entries: int) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(entries, 3), borderaxespad=0.2, handlelength=1.4
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=entries if entries <= 3 else 2,
+        borderaxespad=0.2,
+        handlelength=1.4,
     )
 
 
@@ -184,7 +193,13 @@ def _nothing(axes: Axes, text: str) -> None:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    svg = re.sub(r' d="[^"]*"', _shorter, buffer.getvalue())
+    return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
+
+
+def _shorter(path: re.Match[str]) -> str:
+    """A path with two decimals of a point in place of six: half the size, and nobody sees the difference."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path[0])
 
 
 # ------------------------------------------------------------------------------------------- spectrograms

@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 SPLITS = ("train", "eval")
+STAGES = ("scan", "resample", "sed", "mine_anchors", "make_eval_pairs", "train_separator", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,15 @@ def flat_scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def read_timings(timings: Path) -> dict[str, dict[str, int | float]]:
-    """Seconds and peak memory of every stage's last run that succeeded, by stage."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(timings.glob("*.json"))}
+    """Seconds and peak memory of every stage's last run that succeeded, by stage, in the order of the graph."""
+
+    def order(path: Path) -> tuple[int, str]:
+        known = [i for i, stage in enumerate(STAGES) if path.stem.startswith(stage)]
+        return (known[0] if known else len(STAGES), path.stem)
+
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(timings.glob("*.json"), key=order)
+    }
 
 
 def _table(path: Path) -> pd.DataFrame | None:

@@ -53,8 +53,8 @@ class ClassCell:
     median: float
     low: float
     high: float
-    bar_start: float
-    bar_width: float
+    bar_from: float
+    bar_to: float
 
 
 def class_table(per_class: pd.DataFrame) -> tuple[list[str], list[ClassRow]]:
@@ -76,7 +76,7 @@ def class_table(per_class: pd.DataFrame) -> tuple[list[str], list[ClassRow]]:
             float(row["sdri_median_ci_lo"]),
             float(row["sdri_median_ci_hi"]),
             round(100 * (start - low_end) / span, 1),
-            round(100 * (end - start) / span, 1),
+            round(100 * (end - low_end) / span, 1),
         )
 
     rows = []

@@ -80,8 +80,15 @@ def db(value: int | float | None, *, signed: bool = False) -> str:
     """A number of dB with two decimals and a true minus; a dash for None."""
     if value is None:
         return DASH
-    text = f"{value + 0.0:{'+' if signed else ''}.2f}"
-    return text.replace("-", MINUS) if float(text) else text.replace("-", "")
+    text = f"{value:.2f}"
+    if float(text) == 0:
+        return "0.00"
+    return ("+" if signed and value > 0 else "") + text.replace("-", MINUS)
+
+
+def p_value(value: int | float) -> str:
+    """A p with two digits; below 0.0001 its size is no news."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def interval(numbers: Mapping[str, int | float], key: str, *, signed: bool = False) -> str:
@@ -126,7 +133,7 @@ def table1_markdown(
                     f"{db(row.numbers.get(key), signed=True)} {interval(row.numbers, key, signed=True)}",
                     f"{db(row.numbers.get('sdri_class_mean_mean'), signed=True)} "
                     f"{interval(row.numbers, 'sdri_class_mean_mean', signed=True)}",
-                    f"{row.numbers['wilcoxon_p']:.2g}",
+                    p_value(row.numbers["wilcoxon_p"]),
                     f"{row.numbers['classes_better']:.0f} / {row.numbers['classes_worse']:.0f}",
                 ]
                 for row in differences
