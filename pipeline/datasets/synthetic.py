@@ -51,6 +51,7 @@ DEFECTS = {
 }
 MISSING = {"balanced_train": 3, "eval": 2}
 
+Number = int | float
 Waveform = Float64[np.ndarray, " time"]
 Kernel = Float64[np.ndarray, "..."]  # short, of any length
 Starts = Float64[np.ndarray, " strokes"]  # seconds
@@ -71,22 +72,22 @@ class Options(Params):
 # ------------------------------------------------------------------------------------------------- building blocks
 
 
-def _log_uniform(rng: Rng, low: float, high: float) -> float:
+def _log_uniform(rng: Rng, low: Number, high: Number) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _phase(frequency: float | Waveform, n: int, rate: int, rng: Rng) -> Waveform:
+def _phase(frequency: Number | Waveform, n: int, rate: int, rng: Rng) -> Waveform:
     """Phase in cycles of an oscillator of this frequency in Hz, from a random start."""
     steps = np.broadcast_to(np.asarray(frequency, dtype=np.float64) / rate, (n,))
     return np.asarray(rng.random() + np.cumsum(steps))
 
 
-def _sine(frequency: float | Waveform, n: int, rate: int, rng: Rng) -> Waveform:
+def _sine(frequency: Number | Waveform, n: int, rate: int, rng: Rng) -> Waveform:
     return np.asarray(np.sin(2 * np.pi * _phase(frequency, n, rate, rng)))
 
 
 def _harmonic(
-    frequency: float | Waveform, amplitudes: Float[np.ndarray, " harmonics"], n: int, rate: int, rng: Rng
+    frequency: Number | Waveform, amplitudes: Float[np.ndarray, " harmonics"], n: int, rate: int, rng: Rng
 ) -> Waveform:
     """A periodic tone; amplitudes of its harmonics 1, 2, ... Those above the Nyquist frequency are left out.
 
@@ -100,7 +101,7 @@ def _harmonic(
     return np.asarray(table[(_phase(frequency, n, rate, rng) * len(table)).astype(np.int64) % len(table)])
 
 
-def _rolloff(n_harmonics: int, slope: float, rng: Rng, odd: float = 0.0) -> Waveform:
+def _rolloff(n_harmonics: int, slope: Number, rng: Rng, odd: Number = 0.0) -> Waveform:
     """Amplitudes k^-slope, each off by a random 6 dB or so; `odd` = 1 leaves the odd harmonics only."""
     k = np.arange(1, n_harmonics + 1)
     amplitudes = k**-slope * np.exp(0.5 * rng.standard_normal(n_harmonics))
@@ -117,7 +118,7 @@ def _noise(n: int, rate: int, rng: Rng, gain: Callable[[Waveform], Waveform]) ->
     return np.asarray(waveform / (np.sqrt(np.mean(waveform**2)) + 1e-12))
 
 
-def _band(low: float, high: float, slope: float = 4.0) -> Callable[[Waveform], Waveform]:
+def _band(low: Number, high: Number, slope: Number = 4.0) -> Callable[[Waveform], Waveform]:
     """Gain of a band pass in Hz with smooth flanks."""
 
     def gain(f: Waveform) -> Waveform:
@@ -127,12 +128,12 @@ def _band(low: float, high: float, slope: float = 4.0) -> Callable[[Waveform], W
     return gain
 
 
-def _tilt(exponent: float) -> Callable[[Waveform], Waveform]:
+def _tilt(exponent: Number) -> Callable[[Waveform], Waveform]:
     """Gain of a power spectrum f^exponent above 20 Hz."""
     return lambda f: np.asarray(np.where(f < 20, 0, np.maximum(f, 20) ** (exponent / 2)))
 
 
-def _wander(n: int, rate: int, rng: Rng, hz: float) -> Waveform:
+def _wander(n: int, rate: int, rng: Rng, hz: Number) -> Waveform:
     """A smooth random curve of variance near 1 that turns about `hz` times a second."""
     knots = max(4, int(n / rate * hz * 2) + 2)
     at = np.linspace(0, knots - 1, n)
@@ -143,14 +144,14 @@ def _wander(n: int, rate: int, rng: Rng, hz: float) -> Waveform:
     return np.asarray(values[left] * (1 - ease) + values[left + 1] * ease)
 
 
-def _decay(seconds: float, rate: int, attack_seconds: float = 0.0005) -> Kernel:
+def _decay(seconds: Number, rate: int, attack_seconds: Number = 0.0005) -> Kernel:
     """An envelope that falls by 60 dB in `seconds`, after a short attack."""
     n = max(8, int(seconds * rate))
     t = np.arange(n) / rate
     return np.asarray(np.exp(-6.9 * t / seconds) * np.minimum(1, t / attack_seconds))
 
 
-def _strike(starts: Starts, kernels: list[Kernel], n: int, rate: int, rng: Rng, spread_db: float = 3.0) -> Waveform:
+def _strike(starts: Starts, kernels: list[Kernel], n: int, rate: int, rng: Rng, spread_db: Number = 3.0) -> Waveform:
     """Kernels in turn, one at each start in seconds, each a little louder or softer; cut at the end."""
     waveform = np.zeros(n)
     for i, start in enumerate(starts):
@@ -160,19 +161,19 @@ def _strike(starts: Starts, kernels: list[Kernel], n: int, rate: int, rng: Rng, 
     return waveform
 
 
-def _regular(seconds: float, period: float, jitter: float, rng: Rng) -> Starts:
+def _regular(seconds: Number, period: Number, jitter: Number, rng: Rng) -> Starts:
     """Times of a beat of this period, each off by `jitter` of it; the first within one period, at least one."""
     starts = np.arange(rng.random() * min(period, 0.3), seconds, period)
     return np.asarray(np.sort(np.maximum(0, starts + jitter * period * rng.standard_normal(len(starts)))))
 
 
-def _gate(n: int, rate: int, on: float, off: float, ramp: float, start: float = 0.0) -> Waveform:
+def _gate(n: int, rate: int, on: Number, off: Number, ramp: Number, start: Number = 0.0) -> Waveform:
     """1 for `on` seconds, 0 for `off`, and again, with flanks of `ramp` seconds; it begins `start` into the cycle."""
     t = (np.arange(n) / rate + start) % (on + off)
     return np.asarray(np.clip(np.minimum(t, on - t) / ramp, 0, 1))
 
 
-def _resonances(waveform: Waveform, rate: int, centres: list[float], quality: float) -> Waveform:
+def _resonances(waveform: Waveform, rate: int, centres: list[float], quality: Number) -> Waveform:
     """The waveform through parallel resonators at these centres in Hz, and a little of it as it is."""
     f = np.fft.rfftfreq(size := scipy.fft.next_fast_len(len(waveform), real=True), 1 / rate)
     gain = np.full(len(f), 0.15)
@@ -298,7 +299,7 @@ def static(n: int, rate: int, rng: Rng) -> Waveform:
     return np.asarray(hiss + rng.uniform(2, 6) * crackle)
 
 
-def _click(rng: Rng, rate: int, low: float, high: float, seconds: float) -> Waveform:
+def _click(rng: Rng, rate: int, low: Number, high: Number, seconds: float) -> Waveform:
     envelope = _decay(seconds, rate, 2e-4)
     n = len(envelope)
     ring = sum(
@@ -529,17 +530,18 @@ def _rng(seed: int, entry: Entry, stream: int) -> Rng:
 
 
 def events(entry: Entry, seed: int) -> list[Event]:
-    """When each label of a clip sounds: 1.5 to 5 s once, or two or three shorter stretches."""
+    """When each label of a clip sounds: 1.5 to 5 s once, or two shorter stretches."""
     rng = _rng(seed, entry, 1)
     placed: list[Event] = []
+    longest = 5 if len(entry.labels) < 3 else 4
     for mid in entry.labels:
         if rng.random() < 0.7 or entry.seconds < 6:
-            lengths = [rng.uniform(1.5, 5) if entry.seconds > 2 else entry.seconds]
+            lengths = [rng.uniform(1.5, longest) if entry.seconds > 2 else entry.seconds]
         else:
-            lengths = list(rng.uniform(1.5, 2.5, rng.integers(2, 4)))
+            lengths = list(rng.uniform(1.5, 2.5, 2))
         for seconds in (min(length, entry.seconds) for length in lengths):
             # The emptiest of a few places: events overlap sometimes, not mostly. A stretch never meets its own class.
-            onsets = rng.uniform(0, entry.seconds - seconds, 4)
+            onsets = rng.uniform(0, entry.seconds - seconds, 8)
             crowd = [sum(_overlap(e, on, seconds) * (9 if e.mid == mid else 1) for e in placed) for on in onsets]
             best = int(np.argmin(crowd))
             if any(e.mid == mid and _overlap(e, onsets[best], seconds) > 0 for e in placed):
