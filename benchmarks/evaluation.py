@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation --pairs 1000
 
 One pair at a time is what the original evaluation does (bytedance/uss): mixture and sources are rendered WAV files,
-read one by one; the network runs at batch 1, once per query; each estimate is scored by its own call, with all
-cores as threads. Both sides use the same pairs, weights and float64 fast_bss_eval, in turns of a few pairs, and their
+read one by one; the network runs at batch 1, once per query, with all cores as threads; each estimate is scored by
+its own call. Both sides use the same pairs, weights and float64 fast_bss_eval, in turns of a few pairs, and their
 scores are compared. The stage's worker processes are started before the clock: they cost some seconds once.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -117,12 +118,14 @@ def score_one_at_a_time(root, pair, separator, average, oracle, filter_samples):
     for name, estimate in estimates.items():
         scores[name] = [sdr(estimate, target).item(), si_sdr(estimate, target).item()]
         if filter_samples:
+            torch.set_num_threads(1)  # with more, torch's batched LU fails (pytorch#142815)
             bss = fast_bss_eval.torch.bss_eval_sources(
                 torch.stack([target, interferer]).double(),
                 torch.stack([estimate, mixture - estimate + 1e-6 * interferer]).double(),
                 filter_length=filter_samples,
                 compute_permutation=False,
             )
+            torch.set_num_threads(cpu_count())
             scores[name] += [value[0].item() for value in bss]
     return scores
 
@@ -146,7 +149,7 @@ def compare(root, pairs, reader, average, *, bss, chunk):
         for start in range(0, len(pairs), chunk):
             stop = min(start + chunk, len(pairs))
             edges = np.linspace(start, stop, n_workers + 1).astype(int).tolist()
-            parts = [part for part in zip(edges[:-1], edges[1:], strict=True) if part[0] < part[1]]
+            parts = [part for part in pairwise(edges) if part[0] < part[1]]
             directories = [root / f"bss{bss}-{part[0]}" for part in parts]
             for directory in directories:
                 directory.mkdir()

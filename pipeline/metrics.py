@@ -10,6 +10,8 @@ Everything is computed in float64, whatever the waveforms come in, and nothing r
 In the second and third family what has no value is NaN, item by item; `sdr` has floors, and so always a value.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +131,8 @@ def _coherence(
     # The references are projected too, as further estimates, to see whether one is a filtered copy of another.
     signals = torch.cat([estimates, references], dim=1)
     try:
-        to_each, to_all = square_cosine_metrics(references, signals, filter_length=filter_samples)
+        with _one_thread():
+            to_each, to_all = square_cosine_metrics(references, signals, filter_length=filter_samples)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # Singular: of which item, it does not say.
         if len(references) == 1:
             return estimates.new_full((2, 1, n_estimates), torch.nan)
@@ -139,6 +142,17 @@ def _coherence(
     independent = (kinship < DEPENDENCE).all(dim=(1, 2))
     coherence = torch.stack([to_each[:, 0, :n_estimates], to_all[:, 0, :n_estimates]])
     return torch.where(independent[:, None], coherence, torch.nan)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's batched LU on the CPU is wrong with several threads, with or without an error (pytorch#142815)."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _rms(waveform: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch"]:

@@ -228,6 +228,20 @@ def test_one_bad_estimate_does_not_harm_the_other_of_its_pair():
     torch.testing.assert_close(found[1, 1], expected[1, 1], rtol=0, atol=1e-8)
 
 
+def test_threads_do_not_change_the_scores():
+    """torch's batched LU with two threads raised, or was silently wrong (pytorch#142815), from 150 rows up."""
+    references, estimates = mixtures(n=4, n_samples=2000)
+    expected = scores(bss_eval(estimates, references, filter_samples=128))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = scores(bss_eval(estimates, references, filter_samples=128))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(n_threads)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_the_level_does_not_matter_to_bss_eval():
     """At an amplitude of 1e-8, fast_bss_eval alone gives -15.9 dB where 6.36 is right."""
     references, estimates = mixtures(n_samples=2000)
