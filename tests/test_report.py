@@ -29,7 +29,7 @@ from pipeline.reporting.statistics import (
     weighted_median,
     wilcoxon_p,
 )
-from pipeline.stages.report import Places, Settings, read_examples, report
+from pipeline.stages.report import Places, Settings, main, read_examples, report
 
 RATE = 32000
 PARAMS = """\
@@ -134,10 +134,10 @@ def write_data(root, scores):
     header = "clip_id,subset,labels,path,size_bytes,start_seconds,end_seconds\n"
     for split, subset in (("train", "balanced_train"), ("eval", "eval")):
         names = [f"{split}{i:02d}" for i in range(20)]
-        rows = "".join(f"{name},{subset},/m/09x0r,audio/{name}.wav,1000,0.0,10.0\n" for name in names)
+        rows = "".join(f"{name},{subset},{CLASSES[0].mid},audio/{name}.wav,1000,0.0,10.0\n" for name in names)
         (data / "manifest" / f"{split}.csv").write_text(header + rows)
         (data / "clips" / split).mkdir(parents=True)
-        status = ["ok"] * 17 + ["truncated", "truncated", "silent"]
+        status = ["ok"] * 16 + ["missing", "truncated", "truncated", "silent"]
         clips = pd.DataFrame({"clip_id": names, "split": split, "labels": "/m/09x0r", "status": status})
         clips.to_csv(data / "clips" / split / "manifest.csv", index=False)
         (data / "anchors" / split).mkdir(parents=True)
@@ -151,7 +151,11 @@ def write_data(root, scores):
         pairs["clamped"] = pairs["pair"] == 0
         pairs.to_parquet(data / "pairs" / split / "pairs.parquet")
         (reports / f"resample_{split}.json").write_text(json.dumps({"kept": 17, "reasons": {"silent": 1}}))
-    (data / "manifest" / "missing.csv").write_text(header + "gone,eval,/m/09x0r,,0,0.0,10.0\n")
+    (data / "manifest" / "missing.csv").write_text(
+        f"split,clip_id,subset,labels,start_seconds,end_seconds\neval,gone,eval,{CLASSES[1].mid};{ontology.classes()[9].mid},0.0,10.0\n"
+    )
+    overlap = {"target_label": 0.0, "target_kin": 0.0125, "any_label": 0.1}
+    (reports / "pairs_eval.json").write_text(json.dumps({"pairs": 12, "overlap": overlap}))
     (reports / "sed.json").write_text(json.dumps({"mean_average_precision": 0.71, "detector": "small"}))
     steps = np.arange(0, 1000, 10)
     loss = 0.02 + 0.06 * np.exp(-steps / 200) * (1 + 0.2 * np.random.default_rng(0).standard_normal(len(steps)))
@@ -428,10 +432,10 @@ def test_metrics_are_flat_sorted_finite_numbers(run):
     assert list(metrics) == sorted(metrics)
     assert all(isinstance(value, int | float) and np.isfinite(value) for value in metrics.values())
     assert metrics["schema"] == 1
-    assert metrics["data.eval.clips_missing"] == 1
-    assert metrics["data.train.clips_missing"] == 0
-    assert metrics["data.train.clips_quarantined"] == 3
-    assert metrics["data.eval.classes_without_anchors"] == 1
+    assert metrics["data.eval.clips_missing"] == 2  # one had no audio, one was gone when it was read
+    assert metrics["data.train.clips_missing"] == 1
+    assert (metrics["data.train.clips_kept"], metrics["data.train.clips_quarantined"]) == (16, 3)
+    assert metrics["data.eval.classes_without_anchors"] == 2
     assert metrics["data.eval.gain_clamped"] == 1
 
 
@@ -504,10 +508,11 @@ def test_the_page_has_players_that_play(run):
 
 def test_what_was_lost_on_the_way_is_named(run):
     shown = html.unescape((run / "report.html").read_text())
-    assert "No pairs in the eval split (1): Speech." in shown
+    assert f"No pairs in the eval split (2): {ontology.classes()[9].name}, Speech." in shown
     assert re.search(r"<td>eval</td><td>truncated</td><td class=\"n\">2</td><td><code>eval17, eval18</code>", shown)
-    assert "Not run: mine_anchors_train, mine_anchors_eval, pairs_train, pairs_eval, evaluate_resunet." in shown
+    assert "Not run: mine_anchors_train, mine_anchors_eval, pairs_train, evaluate_resunet." in shown
     assert "mean average precision 0.710" in shown
+    assert "that or its kin: 1.25 %" in shown
 
 
 def test_failing_gates_say_why_in_the_page(tmp_path):
@@ -563,6 +568,29 @@ def test_no_scores_at_all_is_an_error(tmp_path):
     shutil.rmtree(tmp_path / "data" / "scores")
     with pytest.raises(ValueError, match=r"no model of params\.yaml has scores"):
         report(places, tmp_path / "reports", params)
+
+
+def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, monkeypatch):
+    make_run(workspace)
+    (workspace / "reports" / "stages").mkdir()
+    for path in (workspace / "reports").glob("*.*"):
+        path.rename(workspace / "reports" / "stages" / path.name)
+    command = "report --scores data/scores --manifest data/manifest --clips data/clips --anchors data/anchors"
+    command += " --pairs data/pairs --summaries reports/stages --out reports"
+    monkeypatch.setattr("sys.argv", command.split())
+    main()
+    written = {path.name for path in (workspace / "reports").glob("*.*")}
+    assert written == {
+        "metrics.json",
+        "per_class.csv",
+        "table1.md",
+        "class_sdri.svg",
+        "training.svg",
+        "purity.svg",
+        "provenance.json",
+        "report.html",
+    }
+    assert json.loads((workspace / "data" / "timings" / "report.json").read_text())["seconds"] > 0
 
 
 HOSTILE = "<script>alert(1)</script>\"'`|$\\frac${{ 7*7 }}"

@@ -124,5 +124,5 @@ def listed_models(scores: Path, params: Mapping[str, object]) -> tuple[list[str]
     The order is that of params.yaml, whose first entry is the one the others are compared with. A folder
     left over from an entry since removed is not a model of this run.
     """
-    found = {path.parent.name for path in scores.glob("*/scores.parquet")}
+    found = {path.parent.name for path in scores.glob("[!.]*/scores.parquet")}  # .x.old is half a rename
     return [m for m in params if m in found], [m for m in params if m not in found], sorted(found - set(params))

@@ -378,6 +378,8 @@ def _stage_context(places: Places, models: Sequence[str]) -> dict[str, Any]:
         "summaries": {name: None if value is None else flat_scalars(value) for name, value in summaries.items()},
         "not_run": [name for name, value in summaries.items() if value is None],
         "detector_map": detector,
+        "overlap": (summaries["pairs_eval"] or {}).get("overlap"),
+        "overlap_free": (summaries["pairs_eval"] or {}).get("overlap_without_exclusion"),
         "timings": {
             stage: {
                 "seconds": float(taken["seconds"]),
