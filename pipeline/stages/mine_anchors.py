@@ -210,7 +210,8 @@ def mine_part(part: Part, directory: Path, *, setup: Setup) -> None:
         if kind:
             rows[member.key] |= {f"{kind}_offset": member.offset, f"{kind}_size": member.size}
     listed = [[reason, mid, count] for (reason, mid), count in sorted(dropped.items())]
-    write_json(directory / "anchors.json", {"rows": list(rows.values()), "dropped": listed})
+    found = {"rows": list(rows.values()), "dropped": listed, "query_dim": networks.encoder.query_dim}
+    write_json(directory / "anchors.json", found)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -288,12 +289,14 @@ def mine_anchors(clips: Path, sed: Path, out: Path, *, audio: AudioParams, param
     finished = scratch / "finished"
     remove(finished)
     finished.mkdir()
+    query_dim = 0
     for name in parts:
         directory = directories[Path(name).stem]
         if (directory / name).exists():
             link_or_copy(directory / name, finished / name)
         listed = json.loads((directory / "anchors.json").read_bytes())
         rows += listed["rows"]
+        query_dim = listed["query_dim"]
         for reason, mid, count in listed["dropped"]:
             dropped.setdefault(mid, Counter())[reason] += count
     if not rows:
@@ -306,7 +309,7 @@ def mine_anchors(clips: Path, sed: Path, out: Path, *, audio: AudioParams, param
         rows,
         sample_rate=NETWORK_SAMPLE_RATE,
         segment_samples=setup.segment_samples,
-        query_dim=load_networks(setup.sed, setup.sed_sha256, setup.device).encoder.query_dim,
+        query_dim=query_dim,
         empty_classes=sorted(dropped.keys() - {row["mid"] for row in rows}),
     )
     shards.write_index(finished, parts)
