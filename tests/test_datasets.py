@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import string
@@ -261,7 +262,10 @@ def test_two_segments_of_one_recording_are_two_clips_each_with_its_own_file(tmp_
     assert other.clip_id == "abcdefghijk"
 
     (tmp_path / f"{YTID}_30.000.flac").unlink()
-    assert next(clip.path for clip in audioset.clips(tmp_path, "eval")) == f"{YTID}.wav"
+    (tmp_path / f"{YTID}_70500_80500.wav").unlink()
+    counts: Counter[str] = Counter()
+    assert [clip.path for clip in audioset.clips(tmp_path, "eval", counts)][:2] == [f"{YTID}.wav"] * 2
+    assert counts["files_of_several_segments"] == 1
 
 
 def test_a_name_without_fraction_of_a_second_still_finds_its_segment(tmp_path):
@@ -349,17 +353,15 @@ def fsd50k_copy(root: Path) -> Path:
     put(root / "FSD50K.ground_truth" / "dev.csv", dev)
     put(root / "FSD50K.ground_truth" / "eval.csv", f"fname,labels,mids\n9,Dog,{DOG}\n10,Dog,{DOG}\n")
     for name in ("dev_audio/64760", "dev_audio/100", "eval_audio/9"):
-        path = root / f"FSD50K.{name}.wav"
-        path.parent.mkdir(exist_ok=True)
-        soundfile.write(path, np.zeros(44100 * 3), 44100)
+        put(root / f"FSD50K.{name}.wav")
     return root
 
 
-def test_fsd50k_gives_its_splits_with_the_true_lengths(tmp_path):
+def test_fsd50k_gives_its_splits_of_whole_recordings(tmp_path):
     root = fsd50k_copy(tmp_path)
     counts: Counter[str] = Counter()
-    bark = Clip("64760", (SPEECH, DOG), "FSD50K.dev_audio/64760.wav", 0.0, 3.0, "64760")
-    dog = Clip("100", (DOG,), "FSD50K.dev_audio/100.wav", 0.0, 3.0, "100")
+    bark = Clip("64760", (SPEECH, DOG), "FSD50K.dev_audio/64760.wav", 0.0, math.inf, "64760")
+    dog = Clip("100", (DOG,), "FSD50K.dev_audio/100.wav", 0.0, math.inf, "100")
     assert list(fsd50k.clips(root, "dev", counts)) == [dog, bark]
     assert counts == {"labels_outside_the_527": 2, "segments_without_label": 1}
     assert list(fsd50k.clips(root, "train")) == [bark]

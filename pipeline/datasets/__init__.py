@@ -52,7 +52,7 @@ class Clip:
 
     start_seconds: float
     end_seconds: float
-    """The excerpt's place in the recording that it was cut from."""
+    """The excerpt's place in the recording that it was cut from; an infinite end is one that nobody has listed."""
 
     recording: str
     """That recording. Two clips of one recording must not lie in train and in eval."""

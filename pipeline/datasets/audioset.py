@@ -232,7 +232,10 @@ def _find(root: Path, segments: Mapping[str, Sequence[Segment]], counts: Counter
                 spare.append(max(rank, best[segment])[3])
                 rank = min(rank, best[segment])
             best[segment] = rank
-    for name, paths in (("duplicate_files", spare), ("ambiguous_names", ambiguous)):
+    # The whole recording, it is to be hoped: its reader cuts it by the times where it is longer than a segment.
+    shared = [path for path, n in Counter(rank[3] for rank in best.values()).items() if n > 1]
+    kinds = {"duplicate_files": spare, "ambiguous_names": ambiguous, "files_of_several_segments": shared}
+    for name, paths in kinds.items():
         counts[name] += len(paths)
         if paths:
             logger.warning("%s: %d %s, such as %s", root, len(paths), name.replace("_", " "), sorted(paths)[:_SHOWN])

@@ -7,7 +7,7 @@ Subsets: `dev`, its parts `train` and `val`, and `eval`. Labels are taken from t
 (Human sounds, Domestic sounds) are no classes of AudioSet's 527 and are left out, and counted.
 """
 
-import os
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +15,13 @@ from pathlib import Path
 from pipeline.datasets import CLIP_ID, Clip, labels_of, read_table, root_of, walk
 
 _FILES = {"dev": "dev", "train": "dev", "val": "dev", "eval": "eval"}
-_LONGEST_SECONDS = 30.0
-_HEADER_BYTES, _BYTES_PER_SECOND = 44, 2 * 44100
 
 
 def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:
     """The clips of a subset sorted by clip_id, which is the Freesound id. Those with no label left are dropped and
     counted.
 
-    A clip is its whole recording; its length is told by the size of the file, 16-bit mono at 44.1 kHz.
+    A clip is a whole recording, whose length the lists do not tell: it ends at infinity.
     """
     counts = Counter() if counts is None else counts
     if subset not in _FILES:
@@ -49,8 +47,5 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
             counts["segments_without_label"] += 1
             continue
         path = f"FSD50K.{half}_audio/{fname}.wav"
-        seconds = _LONGEST_SECONDS
-        if path in present:
-            seconds = max(0, os.lstat(root / path).st_size - _HEADER_BYTES) / _BYTES_PER_SECOND
-        found[fname] = Clip(fname, labels, path if path in present else None, 0.0, seconds, fname)
+        found[fname] = Clip(fname, labels, path if path in present else None, 0.0, math.inf, fname)
     yield from (found[fname] for fname in sorted(found))
