@@ -472,7 +472,7 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path, run):
 
 def test_the_table_stands_beside_the_papers(run):
     table = (run / "table1.md").read_text()
-    assert "| paper: ResUNet | average | 5.23 | 5.18 |" in table
+    assert "| paper: ResUNet | average | 5.18 | 5.23 |" in table
     assert "5.62" in table
     assert "5.64" in table
     assert re.search(r"\| training steps \| 1,000 \| 600,000 \| \*\*differs\*\* \|", table)

@@ -32,8 +32,8 @@ class Comparison:
 
 
 COLUMNS = {
-    "sdr_class_median_mean": "SDR",
     "sdri_class_median_mean": "SDRi",
+    "sdr_class_median_mean": "SDR",
     "sdri_class_mean_mean": "SDRi, mean of means",
     "si_sdri_class_median_mean": "SI-SDRi",
     "bss_sdr_class_median_mean": "BSS SDR",
