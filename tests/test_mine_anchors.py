@@ -259,7 +259,7 @@ def start(workspace: Path, n_workers: int) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=workspace, env=environment, start_new_session=True)
 
 
-def test_workers_and_sigkill_do_not_change_a_byte(workspace):
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(workspace):
     write_clips(workspace / "clips", corpus(12), n_shards=4)
     write_networks(workspace / "sed")
     write_params(workspace / "params.yaml")
@@ -268,7 +268,7 @@ def test_workers_and_sigkill_do_not_change_a_byte(workspace):
     assert len(expected) == 3 + 3  # one of the four shards is empty, and has no file
     assert not list((workspace / "data/scratch").glob("*expected/*/"))  # --force must mine again
 
-    process = start(workspace, 0)
+    process = start(workspace, 0)  # killed when its second part is finished
     parts = workspace / "data/scratch/mine_anchors@anchors"
     while len(list(parts.glob("*/parts/*/done.json"))) < 2:
         assert process.poll() is None, "the stage ended before it could be killed"
@@ -276,10 +276,20 @@ def test_workers_and_sigkill_do_not_change_a_byte(workspace):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (workspace / "anchors").exists()
-    assert start(workspace, 2).wait() == 0
+    assert start(workspace, 0).wait() == 0
     assert hashes(workspace / "anchors") == expected
     assert json.loads((workspace / "anchors.json").read_bytes()) == summary
     shards.verify(workspace / "anchors")
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_change_a_byte(workspace, monkeypatch):
+    write_clips(workspace / "clips", corpus(12), n_shards=4)
+    write_networks(workspace / "sed")
+    for n_workers in ("0", "2"):
+        monkeypatch.setenv("USS_WORKERS", n_workers)
+        mine_anchors(workspace / "clips", workspace / "sed", workspace / n_workers, audio=AUDIO, params=PARAMS)
+    assert hashes(workspace / "0") == hashes(workspace / "2")
 
 
 def test_the_stored_query_is_the_encoders_of_the_stored_segment(workspace):
