@@ -59,7 +59,7 @@ MAX_PEAK = 4.0  # +12 dBFS. Lossy codecs overshoot by a few dB; 16-bit integers 
 MIN_SECONDS = 1.0
 MARGIN_SECONDS = 1.5  # a file this much longer than its segment is still that segment: cutters keep up to 0.7 s
 COMPLETE = 0.9  # of the announced duration
-CANCELLED = 1e-3  # power of the mean over that of the left channel (-30 dB)
+CANCELLED = 1e-2  # power of the mean over that of the left channel (-20 dB); lossy codecs leave -30 dB
 FFMPEG_SECONDS = 60.0
 FFMPEG_BYTES = 64 << 20
 
@@ -98,6 +98,8 @@ def locate(root: Path, path: str) -> Path:
     if not parts or path.startswith("/") or ".." in parts or "\0" in path:
         raise BadClip("outside_root", f"{path!r} is not a path inside the root")
     full = root / path
+    if not Path(os.path.realpath(full.parent)).is_relative_to(os.path.realpath(root)):
+        raise BadClip("outside_root", "a directory on the way is a link that leads out of the root")
     try:
         mode = os.lstat(full).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -107,8 +109,6 @@ def locate(root: Path, path: str) -> Path:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFDIR: "directory", stat.S_IFSOCK: "socket"}
         raise BadClip("not_regular_file", kinds.get(stat.S_IFMT(mode), "device"))
-    if not Path(os.path.realpath(full.parent)).is_relative_to(os.path.realpath(root)):
-        raise BadClip("outside_root", "a directory on the way is a link that leads out of the root")
     return full
 
 
