@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from pipeline.config import load_params
 from pipeline.datasets import Clip, audioset, load
 from pipeline.stages import scan as stage
-from pipeline.stages.scan import ScanParams, scan
+from pipeline.stages.scan import DataParams, scan
 
 REPOSITORY = Path(__file__).parent.parent
 SPEECH, DOG = "/m/09x0r", "/m/0bt9lr"
@@ -40,8 +40,8 @@ def clip(clip_id: str, *labels: str, start: float = 0.0, missing: bool = False, 
     return Clip(clip_id, labels or (SPEECH,), path, start, start + 10, recording or clip_id)
 
 
-def params(root: Path, train: tuple[str, ...] = ("train",), evaluation: tuple[str, ...] = ("eval",)) -> ScanParams:
-    return ScanParams(source="test", root=str(root), train=list(train), eval=list(evaluation))
+def params(root: Path, train: tuple[str, ...] = ("train",), evaluation: tuple[str, ...] = ("eval",)) -> DataParams:
+    return DataParams(source="test", root=str(root), train=list(train), eval=list(evaluation))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -126,11 +126,11 @@ def test_params_name_a_subset_once(tmp_path):
         with pytest.raises(ValueError, match="subset 'a' is given twice"):
             params(tmp_path, train, evaluation)
     with pytest.raises(ValueError, match="eval"):
-        ScanParams(source="audioset", root="x", train=["a"], eval=[])
+        DataParams(source="audioset", root="x", train=["a"], eval=[])
 
 
 def test_the_embedded_params_fit():
-    embedded = load_params("data", ScanParams, REPOSITORY / "params.yaml")
+    embedded = load_params("data", DataParams, REPOSITORY / "params.yaml")
     load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "params.yaml")
 
 

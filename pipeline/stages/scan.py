@@ -32,7 +32,7 @@ MISSING_COLUMNS = ("split", "clip_id", "subset", "labels", "start_seconds", "end
 Listing = list[tuple[str, Clip]]  # (subset, clip)
 
 
-class ScanParams(Params):
+class DataParams(Params):
     """`data:` in params.yaml."""
 
     source: str
@@ -41,7 +41,7 @@ class ScanParams(Params):
     eval: list[str] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _each_subset_once(self) -> "ScanParams":
+    def _each_subset_once(self) -> "DataParams":
         repeated = [name for name, n in Counter(self.train + self.eval).items() if n > 1]
         if repeated:
             raise ValueError(f"subset {repeated[0]!r} is given twice; train and eval must not share data")
@@ -71,7 +71,7 @@ def without_recordings(listing: Listing, others: Listing) -> tuple[Listing, int]
     return kept, len(listing) - len(kept)
 
 
-def scan(out: Path, params: ScanParams, dataset: ModuleType) -> dict[str, Any]:
+def scan(out: Path, params: DataParams, dataset: ModuleType) -> dict[str, Any]:
     """Write train.csv, eval.csv, missing.csv and summary.json into the folder `out`; return the summary."""
     root = Path(params.root)
     listings: dict[str, Listing] = {}
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    params = load_params("data", ScanParams)
+    params = load_params("data", DataParams)
     dataset = load(params.source)
     with running("scan", args.out):
         if hasattr(dataset, "prepare"):
