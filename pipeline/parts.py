@@ -48,8 +48,9 @@ def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch
     """Call `task(item, directory)` for every part that is not finished; return each part's directory, in their order.
 
     `task` writes its files into `directory` and is a function at the top level of a module (or a functools.partial of
-    one): workers import it. Its own exception is raised here, with a note that names the part; parts that were
-    finished by then stay finished. A part whose worker is killed is run again, three times at most.
+    one): workers import it. Items travel to the workers pickled: names and offsets, not audio. A task's own exception
+    is raised here, with a note that names the part; parts that were finished by then stay finished. A part whose
+    worker is killed is run again, three times at most.
     """
     for name in parts:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -136,7 +136,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Any, seconds: float = 30) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -326,7 +326,7 @@ def test_a_stage_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_p
     assert len(processes) >= 2
     stage.kill()
     stage.communicate()
-    until(lambda: not any(map(alive, processes)), 5)
+    until(lambda: not any(map(alive, processes)), 20)
     assert sorted(name for name in os.listdir(tmp_path / "scratch") if not name.startswith(".")) == ["00000", "00001"]
 
     (tmp_path / "sleep").unlink()
@@ -344,7 +344,7 @@ def test_a_stage_that_is_asked_to_end_stops_its_workers(tmp_path: Path) -> None:
     stage.terminate()
     _, err = stage.communicate(timeout=30)
     assert stage.returncode == 143, err
-    until(lambda: not any(map(alive, processes)), 5)
+    until(lambda: not any(map(alive, processes)), 20)
     assert os.listdir(tmp_path / "scratch") == []
 
 
