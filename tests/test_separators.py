@@ -1,6 +1,7 @@
 """Separators: every file of the folder does what the contract says, and ResUNet30 is the published network."""
 
 import functools
+import hashlib
 
 import pytest
 import torch
@@ -320,6 +321,24 @@ def test_the_golden_test_would_notice(mistake, monkeypatch):
         mistake(monkeypatch)
         wrong = separator(mixture, query)
     assert relative(wrong, right) > 1e-4
+
+
+def test_a_checkpoint_file_is_read_into_a_separator(tmp_path):
+    separator = tiny("resunet")
+    sizes = {"query_dim": QUERY_DIM, "n_fft": 128, "channels": TINY["resunet"]["channels"]}
+    state = {name: torch.zeros(shape) for name, shape in resunet.dropped_shapes(**sizes).items()}
+    state["base.stft.conv_real.weight"][0, 0] = torch.hann_window(128)
+    state |= {resunet.published_name(name): tensor for name, tensor in separator.state_dict().items()}
+    content = {"state_dict": {f"ss_model.{name}": tensor for name, tensor in state.items()}}
+    content["state_dict"]["query_net.base.fc1.bias"] = torch.zeros(4)
+    torch.save(content, path := tmp_path / "uss.ckpt")
+
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    again = separators.read_published("resunet", path, sha256=sha256)
+    assert again.keys() == separator.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in separator.state_dict().items())
+    with pytest.raises(ValueError, match="has sha256"):
+        separators.read_published("resunet", path, sha256="0" * 64)
 
 
 def test_a_lightning_checkpoints_prefix_is_taken_off():
