@@ -3,7 +3,7 @@
     python -m benchmarks.evaluation --pairs 1000
 
 One pair at a time is what the original evaluation does (bytedance/uss): mixture and sources are rendered WAV files,
-read one by one; the network runs at batch 1, once per query, with all cores as threads; each estimate is scored by
+read one by one; the network runs at batch 1, once per query, with all cores as its threads; each estimate is scored by
 its own call. Both sides use the same pairs, weights and float64 fast_bss_eval, in turns of a few pairs, and their
 scores are compared. The stage's worker processes are started before the clock: they cost some seconds once.
 """
@@ -84,7 +84,8 @@ def make_world(root, n_pairs):
     pq.write_table(pa.Table.from_pylist(pairs), root / "pairs.parquet")
     torch.manual_seed(0)
     (root / "separator").mkdir()
-    save_file(build("resunet", **MODEL).state_dict(), root / "separator" / "weights.safetensors")
+    weights = {name: tensor.contiguous() for name, tensor in build("resunet", **MODEL).state_dict().items()}
+    save_file(weights, root / "separator" / "weights.safetensors")
     write_json(root / "separator" / "config.json", {"architecture": "resunet", "model": MODEL})
     average = rng.standard_normal((CLASSES, QUERY_DIM)).astype(np.float32)
     np.savez(root / "queries.npz", class_index=np.arange(CLASSES), query=average)
@@ -118,6 +119,7 @@ def score_one_at_a_time(root, pair, separator, average, oracle, filter_samples):
     for name, estimate in estimates.items():
         scores[name] = [sdr(estimate, target).item(), si_sdr(estimate, target).item()]
         if filter_samples:
+            n_threads = torch.get_num_threads()
             torch.set_num_threads(1)  # with more, torch's batched LU fails (pytorch#142815)
             bss = fast_bss_eval.torch.bss_eval_sources(
                 torch.stack([target, interferer]).double(),
@@ -125,7 +127,7 @@ def score_one_at_a_time(root, pair, separator, average, oracle, filter_samples):
                 filter_length=filter_samples,
                 compute_permutation=False,
             )
-            torch.set_num_threads(cpu_count())
+            torch.set_num_threads(n_threads)
             scores[name] += [value[0].item() for value in bss]
     return scores
 
@@ -188,9 +190,10 @@ def load_and_wait(setup):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="of the network, one at a time")
     parser.add_argument("--chunk", type=int, default=64, help="pairs per turn")
     args = parser.parse_args()
-    torch.set_num_threads(cpu_count())
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pairs, average = make_world(root, args.pairs)

@@ -103,9 +103,14 @@ def world(tmp_path_factory):
         write_pairs(root / "pairs" / split, CLASSES[:-1] if split == "train" else CLASSES)
     torch.manual_seed(0)
     (root / "separator").mkdir()
-    save_file(build("resunet", **MODEL).state_dict(), root / "separator" / "weights.safetensors")
+    save_weights(MODEL, root / "separator")
     runtime.write_json(root / "separator" / "config.json", {"architecture": "resunet", "model": MODEL})
     return root
+
+
+def save_weights(model, directory):
+    weights = {name: tensor.contiguous() for name, tensor in build("resunet", **model).state_dict().items()}
+    save_file(weights, directory / "weights.safetensors")
 
 
 def open_anchors(directory):
@@ -272,7 +277,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, result, tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path), "USS_WORKERS": "0"}
     process = subprocess.Popen(command(world, tmp_path), cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("data/scratch/evaluate@tiny/*/parts/*/done.json")):
+    while not list(tmp_path.glob("data/scratch/evaluate@tiny/*/parts/part-*/done.json")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -328,7 +333,7 @@ def test_queries_of_another_size_are_refused(world, tmp_path):
     directory, _ = broken_separator(world, tmp_path / "other")
     torch.manual_seed(0)
     model = {**MODEL, "query_dim": 7}
-    save_file(build("resunet", **model).state_dict(), directory / "weights.safetensors")
+    save_weights(model, directory)
     runtime.write_json(directory / "config.json", {"architecture": "resunet", "model": model})
     with pytest.raises(ValueError, match=r"takes queries of 7 numbers, and those of .*train have 6"):
         run(world, tmp_path / "out", separator=directory)
