@@ -28,15 +28,6 @@ T = TypeVar("T")
 Optimizer = Literal["adam", "adamw"]
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one; a device asked for by name must be there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU; use device: auto or cpu")
-    return torch.device(name)
-
-
 def build_optimizer(name: Optimizer, parameters: Iterable[Any], learning_rate: float) -> torch.optim.Optimizer:
     """Adam as Zhao et al. say, or AdamW with amsgrad and no weight decay as Kong et al.'s code has it."""
     if name == "adam":

@@ -21,7 +21,7 @@ def tone(mid: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_clips(directory: Path, n_per_class: int, *, seconds: float = 4.0, seed: int = 0) -> Path:
-    """A clips directory (see `resample`): in every clip one class sounds in its second half; the rest is faint noise."""
+    """A clips directory (see `resample`): one class sounds in each clip's second half; the rest is faint noise."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True)
     samples, rows = [], []

@@ -130,13 +130,10 @@ def test_published_weights_are_taken_as_they_are(splits, tmp_path):
     assert summary["query"] == "small"
     assert json.loads((tmp_path / "sed/detector/config.json").read_text())["class"] == "PannsDetector"
     assert load_detector(tmp_path / "sed/detector").class_indices == list(range(527))
-    with pytest.raises(ValueError, match=r"detector\.pth"):
-        run(splits, tmp_path / "sed", weights=str(file), weights_sha256="0" * 64)
-
-
-def test_weights_without_their_sha256_are_refused():
-    with pytest.raises(ValueError, match="without weights_sha256"):
-        SedParams(**{**PARAMS.model_dump(), "weights": "a.pth"})
+    with pytest.raises(ValueError, match=r"detector\.pth has sha256"):
+        run(splits, tmp_path / "sed", weights=str(file), weights_sha256="0" * 64, steps=1)
+    with pytest.raises(ValueError, match="its sha256 is not known, so it is not opened"):
+        run(splits, tmp_path / "sed", weights=str(file), steps=1)
 
 
 def test_another_sample_rate_is_refused(splits, tmp_path):

@@ -1,4 +1,4 @@
-"""The stage train_separator, on tones: it learns, resumes to the same bytes, and takes published weights as they are."""
+"""The stage train_separator, on tones: it learns, resumes to the same bytes, and takes published weights unchanged."""
 
 import hashlib
 import json
@@ -105,8 +105,8 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
-train: {seed: 0, steps: 30, batch_size: 2, optimizer: adamw, learning_rate: 3e-3, warmup: [[0, 1.0]], decay: none,
-  gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.01}
+train: {seed: 0, steps: 24, batch_size: 2, optimizer: adamw, learning_rate: 3e-3, warmup: [[0, 1.0]], decay: none,
+  gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
   model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4]}}}
 """

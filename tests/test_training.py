@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.training import build_optimizer, choose_device, fit, learning_rate_factor, prefetch
+from pipeline.devices import choose_device
+from pipeline.training import build_optimizer, fit, learning_rate_factor, prefetch
 
 
 class Killed(Exception):

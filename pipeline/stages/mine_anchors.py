@@ -27,15 +27,14 @@ from pydantic import Field
 
 from pipeline import panns, shards
 from pipeline.anchors import anchor_key, write_index
-from pipeline.config import Params, load_params
+from pipeline.config import AudioParams, Params, load_params
+from pipeline.devices import choose_device
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.mining import Window, best_start, random_start, window
-from pipeline.mixing import SILENT_ENERGY
 from pipeline.ontology import class_of, classes, kin
 from pipeline.parts import run_parts
 from pipeline.runtime import fingerprint, link_or_copy, publish, remove, running, scratch_dir, sha256_file, write_json
 from pipeline.shards import ClipEntry, ClipReader, ShardReader
-from pipeline.training import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +48,9 @@ REASONS = (
     "low_purity",
     "silent",  # there is no sound in the window: as a target it has no SDR
 )
+# A window with less energy (-100 dBFS) is silent. `mixing` bounds its gain at the same level.
+SILENT_ENERGY = 1e-10
 FULL_SCALE = 32768  # of int16; the clips are int16 too, so that nothing is rounded
-
-
-class AudioParams(Params):
-    """`audio:` in params.yaml."""
-
-    sample_rate: int = Field(gt=0)
-    clip_seconds: float = Field(gt=0)
-    segment_seconds: float = Field(gt=0)
 
 
 class MineAnchorsParams(Params):

@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from pipeline.audio import BadClip, Reason, level_db, locate, read_segment, resample, to_int16
-from pipeline.config import Params, load_params
+from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
 from pipeline.runtime import fingerprint, link_or_copy, publish, remove, running, scratch_dir, write_json
 from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
@@ -51,23 +51,6 @@ ENCODERS = {"flac": encode_flac, "wav": encode_wav}
 _ROWS_HELD = 100_000
 
 Row = dict[str, str]
-
-
-class DataParams(Params):
-    """`data:` in params.yaml."""
-
-    source: str
-    root: str
-    train: list[str]
-    eval: list[str]
-
-
-class AudioParams(Params):
-    """`audio:` in params.yaml."""
-
-    sample_rate: int = Field(gt=0)
-    clip_seconds: float = Field(gt=0)
-    segment_seconds: float = Field(gt=0)
 
 
 class ResampleParams(Params):

@@ -17,10 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import Field, model_validator
-
 from pipeline import ontology
-from pipeline.config import Params, load_params
+from pipeline.config import DataParams, load_params
 from pipeline.datasets import Clip, load
 from pipeline.runtime import publish, remove, running, write_atomic, write_json
 
@@ -30,22 +28,6 @@ SPLITS = ("train", "eval")
 COLUMNS = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
 MISSING_COLUMNS = ("split", "clip_id", "subset", "labels", "start_seconds", "end_seconds")
 Listing = list[tuple[str, Clip]]  # (subset, clip)
-
-
-class DataParams(Params):
-    """`data:` in params.yaml."""
-
-    source: str
-    root: str = Field(min_length=1)
-    train: list[str] = Field(min_length=1)
-    eval: list[str] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _each_subset_once(self) -> "DataParams":
-        repeated = [name for name, n in Counter(self.train + self.eval).items() if n > 1]
-        if repeated:
-            raise ValueError(f"subset {repeated[0]!r} is given twice; train and eval must not share data")
-        return self
 
 
 def without_repeats(listing: Listing) -> tuple[Listing, int]:

@@ -20,33 +20,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from pipeline import panns
-from pipeline.config import Params, load_params
+from pipeline.config import AudioParams, Params, load_params
+from pipeline.devices import choose_device
 from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
 from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_json
 from pipeline.shards import ClipReader
-from pipeline.training import build_optimizer, choose_device, fit, learning_rate_factor
+from pipeline.training import build_optimizer, fit, learning_rate_factor
 from pipeline.weights import read_tensors
 
 log = logging.getLogger(__name__)
 
 SILENCE_DB = 10 * float(np.log10(MEL_FLOOR))
 CLIPS_PER_BATCH = 8  # of inference; the network sees each clip by itself, so it changes nothing but the speed
-
-
-class AudioParams(Params):
-    """`audio:` in params.yaml."""
-
-    sample_rate: int = Field(gt=0)
-    clip_seconds: float = Field(gt=0)
-    segment_seconds: float = Field(gt=0)
 
 
 class SedParams(Params):
@@ -66,13 +59,6 @@ class SedParams(Params):
     mixup: float = Field(ge=0, le=1)
     gain_db: float = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
-
-    @model_validator(mode="after")
-    def _checked_weights(self) -> "SedParams":
-        for name in ("weights", "query_weights"):
-            if getattr(self, name) is not None and getattr(self, f"{name}_sha256") is None:
-                raise ValueError(f"{name} is given without {name}_sha256: the file is checked before it is opened")
-        return self
 
 
 class WeakLabels:
@@ -222,7 +208,6 @@ def sed(
             assert small is not None
             networks[part] = small
         else:
-            assert sha256 is not None
             networks[part] = published(read_tensors(Path(weights), sha256=sha256, entry="model"))
         panns.save(networks[part], scratch / "finished" / part)
     detector = networks["detector"]

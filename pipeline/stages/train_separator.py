@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
+from pipeline.devices import choose_device
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
 from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import PairStream
 from pipeline.separators import build, read_published
-from pipeline.training import Optimizer, build_optimizer, choose_device, fit, learning_rate_factor
+from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,12 @@
+"""Where a network runs."""
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one; ValueError for cuda asked for by name where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU; use device: auto or cpu")
+    return torch.device(name)
