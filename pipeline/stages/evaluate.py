@@ -10,6 +10,7 @@ parts it has finished. Aggregation is the report's.
 """
 
 import argparse
+import ctypes
 import io
 import json
 import logging
@@ -108,10 +109,23 @@ class Loaded:
 @lru_cache(maxsize=1)
 def load(setup: Setup) -> Loaded:
     """Load once per process and run."""
+    _keep_freed_memory()
     with np.load(setup.queries) as stored:
         average = dict(zip(stored["class_index"].tolist(), stored["query"], strict=True))
     separator = load_separator(setup.separator).to(setup.device)
     return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the next batch, in place of returning it to the kernel.
+
+    By default every tensor of more than 32 MB is fresh memory, page by page: measured, half of the time of a batch of
+    16 in the network, and 40 % of BSS Eval's. Does nothing where there is no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
+            mallopt(option, 1 << 30)
 
 
 def _open(anchors: Path) -> AnchorReader:
