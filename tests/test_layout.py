@@ -147,12 +147,11 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(profile, tmp_path / "params.yaml")
-    # A dry run reads what a stage depends on, also where it would first be made: empty outputs stand in.
-    for stage in STAGES.values():
-        for out in map(str, stage.outs):
-            path = tmp_path / out
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch() if path.suffix else path.mkdir()
+    # A dry run reads what a stage depends on, also where it would first be made: empty files and folders stand in.
+    made = {str(item) for stage in STAGES.values() for item in (*stage.outs, *stage.deps)}
+    for path in (tmp_path / name for name in made if not (ROOT / name).is_relative_to(ROOT / "pipeline")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch() if path.suffix else path.mkdir(exist_ok=True)
     dvc = [sys.executable, "-m", "dvc"]
     subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
