@@ -102,14 +102,13 @@ def main() -> None:
                     for what, each in times.items():
                         taken[group, what].append(each / len(some))
     median = {key: np.median(values, axis=0) for key, values in taken.items()}
-    print(
-        "sources   ms per clip: alone, stage to flac, to wav    speed of the stage / alone: flac, wav (CPU time: flac, wav)"
-    )
+    print("           ms per clip                     speed of the stage / alone (CPU time)")
+    print("sources      alone to flac  to wav         to flac       to wav")
     for group in groups:
         alone, flac, wav = (median[group, what] for what in ("alone", "flac", "wav"))
         ms = "".join(f"{1e3 * each[0]:8.2f}" for each in (alone, flac, wav))
-        ratios = [alone / flac, alone / wav]
-        print(f"{group:10s}{ms}{ratios[0][0]:38.2f}{ratios[1][0]:6.2f}   ({ratios[0][1]:.2f} {ratios[1][1]:.2f})")
+        ratios = "".join(f"{ratio[0]:8.2f} ({ratio[1]:.2f})" for ratio in (alone / flac, alone / wav))
+        print(f"{group:10s}{ms}    {ratios}")
     wall, cpu = median["all", "alone"] / median["all", params.format]
     print(
         f"resample to {params.format}: {wall:.2f} of the speed of decode + soxr alone (CPU time: {cpu:.2f}); bar 0.80"
