@@ -5,7 +5,8 @@
 One pair at a time is what the original evaluation does (bytedance/uss): mixture and sources are rendered WAV files,
 read one by one; the network runs at batch 1, once per query, with all cores as its threads; each estimate is scored by
 its own call. Both sides use the same pairs, weights and float64 fast_bss_eval, in turns of a few pairs, and their
-scores are compared. The stage's worker processes are started before the clock: they cost some seconds once.
+scores are compared. The stage's worker processes start, and take a first batch, before the clock:
+that costs some seconds once.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def compare(root, pairs, reader, average, *, bss, chunk):
     difference = 0.0
     names = ["sdr", "si_sdr"] + (["bss_sdr", "bss_sir", "bss_sar"] if bss else [])
     with ProcessPoolExecutor(n_workers, get_context("spawn"), initializer=start_worker, initargs=(setup,)) as pool:
-        list(pool.map(load_and_wait, [setup] * n_workers))
+        list(pool.map(partial(warm_up, setup=setup), [root / f"warm-bss{bss}-{i}" for i in range(n_workers)]))
         for start in range(0, len(pairs), chunk):
             stop = min(start + chunk, len(pairs))
             edges = np.linspace(start, stop, n_workers + 1).astype(int).tolist()
@@ -181,10 +182,11 @@ def start_worker(setup):
     load(setup)
 
 
-def load_and_wait(setup):
-    """Makes the pool start all of its processes."""
-    load(setup)
-    time.sleep(1)
+def warm_up(directory, setup):
+    """One batch before the clock; and a wait, so that the other processes get theirs."""
+    directory.mkdir()
+    score_part((0, 16), directory, setup=setup)
+    time.sleep(2)
 
 
 def main():
