@@ -34,6 +34,9 @@ from pipeline.features import (
 
 AUDIOSET_CLASSES = 527
 FRAME_SAMPLES = MEL_HOP_LENGTH  # a frame-wise probability is one per 10 ms
+# A freshly initialised FiLM layer then shifts its batch-normalised activation by about half a standard deviation. The
+# small network's own activations are some 30 long, which saturates the separator: it learns three times as slowly.
+QUERY_LENGTH = 4.0
 
 
 class Detector(nn.Module):
@@ -60,7 +63,7 @@ class QueryEncoder(nn.Module):
     query_dim: int
 
     def embed(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch query_dim"]:
-        """The non-negative activations before the classifier, at 32 kHz, neither centred nor normalised."""
+        """The non-negative activations before the classifier, at 32 kHz."""
         raise NotImplementedError
 
 
@@ -232,9 +235,12 @@ class SmallCnn(Detector, QueryEncoder):
         return self.segment_logits(self.log_mel(waveform)).sigmoid()
 
     def embed(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch query_dim"]:
-        """The maximum plus the mean over all segments, through the layer before the classifier, as in Cnn14."""
+        """The maximum plus the mean over all segments, through the layer before the classifier, as in Cnn14.
+
+        Brought to length QUERY_LENGTH.
+        """
         h = self.features(self.log_mel(waveform))
-        return F.relu(self.fc(h.amax(dim=1) + h.mean(dim=1)))
+        return QUERY_LENGTH * F.normalize(F.relu(self.fc(h.amax(dim=1) + h.mean(dim=1))), dim=1)
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
         """What forward takes, from 32 kHz; at least one segment."""

@@ -393,3 +393,15 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         _prctl(_PR_SET_PDEATHSIG, previous_death.value)
         signal.signal(signal.SIGTERM, previous)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the next batch, in place of returning it to the kernel.
+
+    By default every tensor of more than 32 MB is fresh memory, page by page: measured, half of the CPU time of a
+    network's forward on a batch of 16. Does nothing where there is no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
+            mallopt(option, 1 << 30)

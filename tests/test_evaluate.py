@@ -158,6 +158,7 @@ def test_scores_are_those_of_each_pair_worked_out_alone(world, result):
         expected = {
             "sdr": sdr(estimate, target),
             "sdr_mixture": sdr(mixture, target),
+            "sdr_half": sdr(mixture / 2, target),
             "sdri": sdr(estimate, target) - sdr(mixture, target),
             "si_sdr": si_sdr(estimate, target),
             "si_sdr_mixture": si_sdr(mixture, target),

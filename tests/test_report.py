@@ -70,6 +70,7 @@ def make_scores(n_classes=3, pairs_per_class=4, clips_per_class=3, gain=5.0, see
                         "interferer_class_index": other.index,
                         "query": query,
                         "sdr_mixture": before,
+                        "sdr_half": before + 3.0,
                         "sdr": after,
                         "sdri": after - before,
                         "si_sdr_mixture": before - 0.1,

@@ -27,6 +27,7 @@ PARAMS = TrainParams(
     seed=0,
     steps=6,
     batch_size=2,
+    segment_seconds=0.25,
     optimizer="adamw",
     learning_rate=3e-3,
     warmup=[[0.0, 0.1], [2.0, 1.0]],
@@ -72,7 +73,7 @@ def test_bfloat16_trains_too(anchors, tmp_path):
 
 
 def test_a_batch_is_a_function_of_its_number(anchors):
-    one, two = (Batches(anchors, PAIRS, seed=0, batch_size=4) for _ in range(2))
+    one, two = (Batches(anchors, PAIRS, seed=0, batch_size=4, segment_seconds=0.25) for _ in range(2))
     two.load(7)
     for a, b in zip(one.load(3), two.load(3), strict=True):
         assert torch.equal(a, b)
@@ -83,6 +84,22 @@ def test_a_batch_is_a_function_of_its_number(anchors):
     torch.testing.assert_close(mixture.abs().amax(dim=1), torch.ones(4))
     torch.testing.assert_close((mixture - target).square().mean(dim=1), target.square().mean(dim=1))
     assert "clip0_" in one.describe(3)
+
+
+def test_a_shorter_segment_is_cut_from_the_same_mixture(anchors):
+    whole = Batches(anchors, PAIRS, seed=0, batch_size=4, segment_seconds=0.25)
+    part = Batches(anchors, PAIRS, seed=0, batch_size=4, segment_seconds=0.125)
+    starts = set()
+    for n in range(5):
+        (mixture, target, query), (short, short_target, same) = whole.load(n), part.load(n)
+        assert short.shape == (4, 4000)
+        assert torch.equal(query, same)
+        start = next(i for i in range(4001) if torch.equal(mixture[:, i : i + 4000], short))
+        assert torch.equal(target[:, start : start + 4000], short_target)
+        starts.add(start)
+    assert len(starts) > 1
+    with pytest.raises(ValueError, match=r"train\.segment_seconds 0\.5 is 16000 samples; the anchors .* have 8000"):
+        Batches(anchors, PAIRS, seed=0, batch_size=4, segment_seconds=0.5)
 
 
 def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
@@ -105,7 +122,8 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
-train: {seed: 0, steps: 24, batch_size: 2, optimizer: adamw, learning_rate: 3e-3, warmup: [[0, 1.0]], decay: none,
+train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, optimizer: adamw, learning_rate: 3e-3,
+  warmup: [[0, 1.0]], decay: none,
   gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
   model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4]}}}

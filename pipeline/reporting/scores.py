@@ -9,7 +9,7 @@ import pandas as pd
 
 QUERIES = ("average", "oracle")
 KEYS = ["pair", "class_index", "mid", "target_clip", "interferer_class_index", "query"]
-REQUIRED = ["sdr_mixture", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
+REQUIRED = ["sdr_mixture", "sdr_half", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
 OPTIONAL = ["bss_sdr_mixture", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar"]  # evaluate.bss may be off
 # How far two models' readings of the same mixture may lie apart: float32 sums on different devices.
 TOLERANCE_DB = 0.01

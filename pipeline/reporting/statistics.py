@@ -161,6 +161,10 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
         columns=lambda name: name.removesuffix("_mixture")
     )
     metrics |= {f"mixture.{key}": value for key, value in _aggregates(mixture, class_index).items()}
+    half = pd.DataFrame(
+        {"sdr": class_of_pair["sdr_half"], "sdri": class_of_pair["sdr_half"] - class_of_pair["sdr_mixture"]}
+    )
+    metrics |= {f"half_mixture.{key}": value for key, value in _aggregates(half, class_index).items()}
     metrics |= {
         "mixture.n_pairs": len(pairs),
         "mixture.n_classes": len(classes),

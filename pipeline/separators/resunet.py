@@ -132,6 +132,9 @@ class UNet(nn.Module):
 class Separator(nn.Module):
     """ResUNet30 with widths `channels` (one per encoder, six).
 
+    The mask's phase is that of a complex number near zero when training starts: anything. With a `phase_bias` of 1 that
+    number starts near one, and the estimate as half of the mixture; 0 is how the published network starts.
+
     n_fft must be a multiple of 128: the half without its last bin is halved six times on the way down. The STFT, the
     mask and its inverse are float32 also under autocast; only the U-Net follows it.
     """
@@ -144,6 +147,7 @@ class Separator(nn.Module):
         hop_length: int,
         channels: Sequence[int],
         norm_momentum: float = 0.01,
+        phase_bias: float = 0.0,
     ) -> None:
         super().__init__()
         if len(channels) != len(STRIDES):
@@ -165,6 +169,8 @@ class Separator(nn.Module):
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # Channels innermost, here and so in all that follows: 0.7 of the time of a training step on a CPU.
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        assert self.unet.leave.bias is not None
+        nn.init.constant_(self.unet.leave.bias[1], phase_bias)
 
     def forward(
         self, mixture: Float[Tensor, "batch time"], query: Float[Tensor, "batch query_dim"]

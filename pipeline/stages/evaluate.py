@@ -10,7 +10,6 @@ parts it has finished. Aggregation is the report's.
 """
 
 import argparse
-import ctypes
 import io
 import json
 import logging
@@ -34,11 +33,21 @@ from torch import Tensor, nn
 
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
+from pipeline.devices import choose_device
 from pipeline.metrics import bss_eval, sdr, si_sdr
 from pipeline.mixing import Normalize, PairsParams, mix
 from pipeline.ontology import class_of
 from pipeline.parts import run_parts
-from pipeline.runtime import fingerprint, link_or_copy, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import (
+    fingerprint,
+    keep_freed_memory,
+    link_or_copy,
+    publish,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
 from pipeline.separators import build
 
 log = logging.getLogger(__name__)
@@ -57,6 +66,7 @@ SCHEMA = pa.schema(
         ("interferer_class_index", pa.int64()),
         ("query", pa.string()),
         ("sdr_mixture", pa.float64()),  # all in dB; NaN where undefined
+        ("sdr_half", pa.float64()),  # of half of the mixture: what can be had without separating anything
         ("sdr", pa.float64()),
         ("sdri", pa.float64()),
         ("si_sdr_mixture", pa.float64()),
@@ -109,23 +119,11 @@ class Loaded:
 @lru_cache(maxsize=1)
 def load(setup: Setup) -> Loaded:
     """Load once per process and run."""
-    _keep_freed_memory()
+    keep_freed_memory()
     with np.load(setup.queries) as stored:
         average = dict(zip(stored["class_index"].tolist(), stored["query"], strict=True))
     separator = load_separator(setup.separator).to(setup.device)
     return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the next batch, in place of returning it to the kernel.
-
-    By default every tensor of more than 32 MB is fresh memory, page by page: measured, half of the time of a batch of
-    16 in the network, and 40 % of BSS Eval's. Does nothing where there is no mallopt.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
-            mallopt(option, 1 << 30)
 
 
 def _open(anchors: Path) -> AnchorReader:
@@ -138,15 +136,6 @@ def load_separator(directory: Path) -> nn.Module:
     separator = build(config["architecture"], **config["model"])
     separator.load_state_dict(load_file(directory / "weights.safetensors"), strict=True)
     return separator.eval()
-
-
-def choose_device(name: str) -> str:
-    """`auto` is cuda where there is one; a device asked for by name must be there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("evaluate.device is cuda, but torch sees no GPU; use auto or cpu")
-    return name
 
 
 def average_queries(pairs: pa.Table, reader: AnchorReader) -> dict[int, Float[np.ndarray, " query_dim"]]:
@@ -219,6 +208,7 @@ def score(
     scores = {name: value[:, :-1] for name, value in values.items()}
     for name in ("sdr", "si_sdr", "bss_sdr"):
         scores[f"{name}_mixture"] = values[name][:, -1:].expand_as(scores[name])
+    scores["sdr_half"] = sdr(mixture / 2, target)[:, None].expand_as(scores["sdr"])
     for name in ("sdr", "si_sdr"):
         scores[f"{name}i"] = scores[name] - scores[f"{name}_mixture"]
     return {name: value.cpu().numpy() for name, value in scores.items()}
@@ -346,7 +336,7 @@ def evaluate(
     normalize: Normalize,
 ) -> dict[str, Any]:
     """Write the scores of every pair of pairs_dir/eval to out/scores.parquet, and examples; return the summary."""
-    device = choose_device(params.device)
+    device = str(choose_device(params.device))
     load_separator(separator)  # what cannot be loaded fails here, not in every worker
     config = json.loads((separator / "config.json").read_bytes())
     readers = {split: _open(anchors / split) for split in ("train", "eval")}
@@ -428,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params("evaluate", EvaluateParams)
     normalize = load_params("pairs", PairsParams).normalize
-    if choose_device(params.device) == "cuda":
+    if choose_device(params.device).type == "cuda":
         os.environ.setdefault("USS_WORKERS", "0")  # one process per GPU, unless somebody wants more
     with running(f"evaluate@{args.name}", args.out):
         summary = evaluate(

@@ -31,7 +31,7 @@ from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
-from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_json
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_json
 from pipeline.shards import ClipReader
 from pipeline.training import build_optimizer, fit, learning_rate_factor
 from pipeline.weights import read_tensors
@@ -193,6 +193,7 @@ def sed(
     """Write `<out>/detector` and `<out>/query`; return the detector's scores on the eval clips."""
     if audio.sample_rate != NETWORK_SAMPLE_RATE:
         raise ValueError(f"audio.sample_rate is {audio.sample_rate}; these networks hear {NETWORK_SAMPLE_RATE} Hz")
+    keep_freed_memory()
     clip_samples = round(audio.clip_seconds * audio.sample_rate)
     scratch = scratch_dir("sed", fingerprint(audio, params, train / "manifest.csv", evaluation / "manifest.csv"))
     small: SmallCnn | None = None

@@ -26,7 +26,7 @@ from pipeline.devices import choose_device
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
-from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import PairStream
 from pipeline.separators import build, read_published
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
@@ -40,6 +40,7 @@ class TrainParams(Params):
     seed: int = Field(ge=0)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    segment_seconds: float = Field(gt=0)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)
     warmup: list[list[float]] = Field(min_length=1)
@@ -70,14 +71,25 @@ class SeparatorParams(Params):
 class Batches:
     """Batch n of training, a pure function of (seed, n): mixtures, targets and queries, float32."""
 
-    def __init__(self, anchors: Path, pairs: PairsParams, *, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, anchors: Path, pairs: PairsParams, *, seed: int, batch_size: int, segment_seconds: float
+    ) -> None:
         self.index = AnchorIndex.load(anchors)
         self.reader = AnchorReader(anchors, self.index)
         self.stream = PairStream(**self.index.pair_columns(), seed=seed, exclude=pairs.exclude, kin=kin)
-        self.pairs, self.batch_size = pairs, batch_size
+        self.pairs, self.seed, self.batch_size = pairs, seed, batch_size
+        self.segment_samples = round(segment_seconds * self.index.sample_rate)
+        if self.segment_samples > self.index.segment_samples:
+            raise ValueError(
+                f"train.segment_seconds {segment_seconds} is {self.segment_samples} samples; "
+                f"the anchors of {anchors} have {self.index.segment_samples}"
+            )
 
     def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(mixture (batch, time), target (batch, time), query (batch, query_dim)) of batch n."""
+        """(mixture (batch, time), target (batch, time), query (batch, query_dim)) of batch n.
+
+        Mixed from whole anchors, as in evaluation; then a part of `segment_seconds`, from anywhere in them, is cut out.
+        """
         targets, interferers = self.stream.batch(n, self.batch_size)
         target, interferer = (
             torch.from_numpy(np.stack([self.reader.waveform(row) for row in rows])) for rows in (targets, interferers)
@@ -91,7 +103,11 @@ class Batches:
         )
         mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
         query = torch.from_numpy(np.stack([self.reader.query(row) for row in targets]))
-        return mixture, target, query
+        start = int(
+            np.random.default_rng([self.seed, n]).integers(mixture.shape[1] - self.segment_samples, endpoint=True)
+        )
+        part = slice(start, start + self.segment_samples)
+        return mixture[:, part], target[:, part], query
 
     def describe(self, n: int) -> str:
         """The anchors of batch n, for an error message."""
@@ -137,6 +153,7 @@ def train_separator(
     name: str, anchors: Path, out: Path, curve: Path, *, entry: SeparatorParams, params: TrainParams, pairs: PairsParams
 ) -> dict[str, Any]:
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
+    keep_freed_memory()
     index = json.loads((anchors / "index.json").read_text())
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
@@ -145,7 +162,13 @@ def train_separator(
         f"train_separator-{name}", fingerprint(entry, params, pairs, anchors / "index.parquet", anchors / "index.json")
     )
     if entry.weights is None:
-        batches = Batches(anchors, pairs, seed=params.seed, batch_size=params.batch_size)
+        batches = Batches(
+            anchors,
+            pairs,
+            seed=params.seed,
+            batch_size=params.batch_size,
+            segment_seconds=params.segment_seconds,
+        )
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
     else:
