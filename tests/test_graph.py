@@ -1,0 +1,142 @@
+"""The whole graph on profiles/tiny.yaml, in a copy of the project: it runs, it rests, it survives a kill at any stage."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("dvc.yaml", ".dvcignore", "pipeline")
+# Outputs that say when, on what and how long: not a function of the inputs.
+VARYING = ("reports/report.html", "reports/provenance.json")
+
+pytestmark = pytest.mark.slow
+
+
+def environment(directory):
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_ROOT": str(directory),
+        "USS_WORKERS": "2",
+    }
+
+
+def dvc(directory, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=directory,
+        env=environment(directory),
+        capture_output=True,
+        text=True,
+    )
+
+
+def digests(directory, outs):
+    """SHA-256 of every file below the outputs."""
+    files = [
+        f
+        for out in outs
+        for f in ([directory / out] if (directory / out).is_file() else sorted((directory / out).rglob("*")))
+    ]
+    return {
+        str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in files
+        if f.is_file() and str(f.relative_to(directory)) not in VARYING
+    }
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project after one `dvc repro`."""
+    directory = tmp_path_factory.mktemp("project")
+    for name in COPIED:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, directory / name)
+    shutil.copy(ROOT / "profiles" / "tiny.yaml", directory / "params.yaml")
+    assert dvc(directory, "init", "--no-scm", "-q").returncode == 0
+    result = dvc(directory, "repro")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return directory
+
+
+def test_the_graph_runs_and_its_report_is_whole(project):
+    metrics = json.loads((project / "reports" / "metrics.json").read_text())
+    assert metrics["resunet.average.n_pairs"] == metrics["mixture.n_pairs"] == 2 * metrics["mixture.n_classes"]
+    assert metrics["mixture.n_classes"] == 24
+    assert metrics["data.train.clips_quarantined"] == 5
+    assert metrics["data.train.clips_missing"] == 3
+    page = (project / "reports" / "report.html").read_text()
+    assert page.count("<audio") >= 8
+    assert str(project) not in page
+    assert "5.18" in (project / "reports" / "table1.md").read_text()
+    gate = subprocess.run(
+        [sys.executable, "-m", "pipeline.gate", "reports/metrics.json"], cwd=project, capture_output=True, text=True
+    )
+    assert gate.returncode == 0, gate.stdout
+
+
+def test_every_defective_file_is_in_the_quarantine_list_with_its_reason(project):
+    rows = (project / "data" / "clips" / "train" / "quarantine.csv").read_text().splitlines()
+    reasons = sorted(row.split(",")[2] for row in rows[1:])
+    assert reasons == ["no_samples", "non_finite", "silent", "undecodable", "undecodable"]
+
+
+def test_a_second_run_has_nothing_to_do(project):
+    result = dvc(project, "repro")
+    assert "Data and pipelines are up to date." in result.stdout
+    assert "Running stage" not in result.stdout
+
+
+def test_a_number_of_training_reruns_training_alone(project):
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("learning_rate: 3e-3", "learning_rate: 2e-3"))
+    plan = dvc(project, "repro", "--dry").stdout
+    (project / "params.yaml").write_text(params)
+    ran = [line.split("'")[1] for line in plan.splitlines() if line.startswith("Running stage")]
+    assert ran == ["train_separator@resunet", "evaluate@resunet", "report"]
+
+
+STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name):
+    stage = STAGES[name]
+    outs = [str(out) for out in stage.outs]
+    before = digests(project, outs)
+    command = stage.cmd.replace("python", sys.executable, 1)
+    timing = name.replace("resample@", "resample_") if "resample" in name else name
+    seconds = json.loads((project / "data" / "timings" / f"{timing}.json").read_text())["seconds"]
+    if name == "scan":
+        shutil.rmtree(project / "data" / "synthetic")
+    for out in outs:
+        path = project / out
+        shutil.rmtree(path) if path.is_dir() else path.unlink()  # as DVC does
+
+    log = project / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, shell=True, cwd=project, env=environment(project), stderr=file, start_new_session=True
+        )
+        # The clock starts when the imports are done: that is when the stage takes its lock.
+        locks = project / "data" / "scratch" / "locks"
+        while process.poll() is None and not any(lock.stat().st_size for lock in locks.glob("*.lock")):
+            time.sleep(0.01)
+        time.sleep(0.5 * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    again = subprocess.run(command, shell=True, cwd=project, env=environment(project), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert digests(project, outs) == before
