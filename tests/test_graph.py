@@ -1,4 +1,4 @@
-"""The whole graph on profiles/tiny.yaml, in a copy of the project: it runs, it rests, it survives a kill at any stage."""
+"""The whole graph on profiles/tiny.yaml, in a copy of the project: it runs, it rests, and survives a kill anywhere."""
 
 import hashlib
 import json
