@@ -152,7 +152,9 @@ def test_bss_eval_equals_mir_eval_on_band_limited_and_tonal_sounds():
     for references in (tonal, torch.fft.irfft(spectrum)):
         estimate = references[0] + 0.1 * references[1] + 0.01 * noise(16000, seed=4) * references[0].std()
         found = scores(bss_eval(estimate[None, None], references[None], filter_samples=512))[0, 0]
-        np.testing.assert_allclose(found, mir_eval_scores(estimate, references), atol=1e-3)
+        # These systems are ill-conditioned: the order of the sums alone moved a SAR of 40 dB by 1.6e-3. float32 is
+        # wrong by 0.1 to 0.8 dB here.
+        np.testing.assert_allclose(found, mir_eval_scores(estimate, references), atol=1e-2)
 
 
 def test_bss_eval_forgives_a_filter_and_si_sdr_does_not():
