@@ -25,10 +25,11 @@ format: $(READY)
 	ruff format .
 
 benchmarks: $(READY)  ## each prints ratios measured in one run
-	for b in resample mining training_step evaluation pairs; do python -m benchmarks.$$b || exit 1; done
+	for b in resample mining training_step "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
 
 # Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside.
 $(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, not %d.%d: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
 	$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.txt
 	touch $@
@@ -38,5 +39,6 @@ lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for ev
 	uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --extra dev --no-emit-index-url \
 	  --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 
-clean:  ## everything `make repro` made, the cache included; the synthetic corpus too
-	rm -rf data .dvc/cache .dvc/tmp
+clean:  ## what `make repro` made, the cache and the synthetic corpus included; what you put into data/ stays
+	rm -rf data/manifest data/sed data/*/train data/*/eval data/separators/* data/scores/* data/synthetic data/scratch \
+	  data/timings .dvc/cache .dvc/tmp

@@ -57,6 +57,7 @@ Note = Literal[
 MIN_RATE, MAX_RATE = 4_000, 384_000  # Hz
 MAX_PEAK = 4.0  # +12 dBFS. Lossy codecs overshoot by a few dB; 16-bit integers written as floats are far over
 MIN_SECONDS = 1.0
+MAX_LISTED_SECONDS = 30.0  # no list's segments are longer; a bound of what is read to tell a segment from a recording
 MARGIN_SECONDS = 1.5  # a file this much longer than its segment is still that segment: cutters keep up to 0.7 s
 COMPLETE = 0.9  # of the announced duration
 CANCELLED = 1e-2  # power of the mean over that of the left channel (-20 dB); lossy codecs leave -30 dB
@@ -138,12 +139,16 @@ def read_segment(path: Path, start_seconds: float, end_seconds: float, max_secon
             raise BadClip("not_regular_file")
         if status.st_size == 0:
             raise BadClip("no_samples", "the file is empty")
-        return _read_segment(path, descriptor, start_seconds, min(listed, max_seconds), listed < inf)
+        seconds = min(listed, max_seconds)
+        whole = max(seconds, min(listed, MAX_LISTED_SECONDS))
+        return _read_segment(path, descriptor, start_seconds, seconds, whole, listed < inf)
     finally:
         os.close(descriptor)
 
 
-def _read_segment(path: Path, descriptor: int, start_seconds: float, seconds: float, listed: bool) -> Segment:
+def _read_segment(
+    path: Path, descriptor: int, start_seconds: float, seconds: float, whole: float, listed: bool
+) -> Segment:
     def open_at(start: float, _: float) -> _Sequential:
         os.lseek(descriptor, 0, os.SEEK_SET)
         file = _Sequential(descriptor, closefd=False)
@@ -155,7 +160,7 @@ def _read_segment(path: Path, descriptor: int, start_seconds: float, seconds: fl
         return file
 
     try:
-        return _segment(open_at, start_seconds, seconds, listed)
+        return _segment(open_at, start_seconds, seconds, whole, listed)
     except soundfile.LibsndfileError as error:
         try:
             container = _container(os.pread(descriptor, 12, 0))
@@ -176,19 +181,22 @@ def _read_segment(path: Path, descriptor: int, start_seconds: float, seconds: fl
         return file
 
     try:
-        segment = _segment(convert, start_seconds, seconds, listed)
+        segment = _segment(convert, start_seconds, seconds, whole, listed)
     except soundfile.LibsndfileError as error:
         raise BadClip("undecodable", f"ffmpeg's output: {error.error_string.strip()}") from None
     return Segment(segment.waveform, segment.sample_rate, segment.channels, ("ffmpeg", *segment.notes))
 
 
-def _segment(open_at: Callable[[float, float], "_Sequential"], start: float, seconds: float, listed: bool) -> Segment:
+def _segment(
+    open_at: Callable[[float, float], "_Sequential"], start: float, seconds: float, whole: float, listed: bool
+) -> Segment:
     """`open_at(start, seconds)` is the decoded file from `start` on, at least `seconds` of it where it has them.
 
-    `listed`: somebody says that there are `seconds` of it.
+    `listed`: somebody says that there are `seconds` of it. A file that is longer than `whole`, the listed segment
+    (of which no more than `seconds` may be wanted), is the recording that the segment was taken from.
     """
     notes: list[Note] = []
-    margin = MARGIN_SECONDS if start else 0.0
+    margin = whole - seconds + MARGIN_SECONDS if start else 0.0
     with open_at(0.0, seconds + margin) as file:
         rate, channels = int(file.samplerate), int(file.channels)
         if not MIN_RATE <= rate <= MAX_RATE:

@@ -59,7 +59,7 @@ def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch
     scratch.mkdir(parents=True, exist_ok=True)
     with runtime.locked(scratch):
         _sweep(scratch)
-        with ThreadPoolExecutor(max_workers=min(8, cpu_count())) as threads:
+        with ThreadPoolExecutor(max_workers=min(8, runtime.cpu_count())) as threads:
             finished = dict(zip(parts, threads.map(lambda name: is_finished(scratch / name), parts), strict=True))
         todo = {name: item for name, item in parts.items() if not finished[name]}
         for name in todo:
@@ -79,15 +79,6 @@ def is_finished(directory: Path) -> bool:
         return listed == _hashes(directory)
     except (OSError, ValueError):
         return False
-
-
-def cpu_count() -> int:
-    """Cores that this process may use: those of its affinity mask, and of its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def _sweep(scratch: Path) -> None:
@@ -209,7 +200,7 @@ def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n
 def _n_workers() -> int:
     text = os.environ.get("USS_WORKERS", "")
     if not text:
-        return cpu_count()
+        return runtime.cpu_count()
     if not text.isdecimal():
         raise ValueError(f"USS_WORKERS is a number of processes, 0 or more, not {text!r}")
     return int(text)

@@ -395,6 +395,15 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def cpu_count() -> int:
+    """Cores that this process may use: those of its affinity mask, and of its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed, for the next batch, in place of returning it to the kernel.
 

@@ -108,7 +108,7 @@ def fit(
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
     `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate. Raises FloatingPointError when the loss is not finite, naming the step and
+    of each parameter group's own rate. FloatingPointError when loss or gradient is not finite, naming the step and
     `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,11 @@ def fit(
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
         value.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(trained, gradient_clip if gradient_clip > 0 else float("inf"))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")
+        if gradient_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip, norm)
         optimizer.step()
         window.append((value.item(), norm.item()))
         bar.update()

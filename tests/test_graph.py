@@ -140,6 +140,8 @@ def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name
         time.sleep(0.5 * seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    # A stage of less than a second may have been faster than its half.
+    assert process.returncode == -signal.SIGKILL or seconds < 1
 
     again = subprocess.run(command, shell=True, cwd=project, env=environment(project), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
-    {"config", "audio", "devices", "features", "mining", "ontology", "runtime"},
-    {"panns", "shards", "parts", "mixing", "losses", "metrics", "training", "weights", "datasets"},
+    {"config", "audio", "features", "mining", "ontology", "runtime"},
+    {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "weights", "datasets"},
     {"anchors", "sampling", "separators", "reporting"},
     {"stages", "gate"},
 ]
@@ -117,6 +117,7 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
     from pipeline.datasets.synthetic import Options
     from pipeline.mixing import PairsParams
     from pipeline.reporting.gates import GateParams
+    from pipeline.separators import model_params
     from pipeline.stages import evaluate, make_eval_pairs, mine_anchors, report, resample, scan, sed, train_separator
 
     sections = {
@@ -138,7 +139,8 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
     for section, params in sections.items():
         load_params(section, params, profile)
     for name in document["separators"]:
-        load_params(f"separators.{name}", train_separator.SeparatorParams, profile)
+        entry = load_params(f"separators.{name}", train_separator.SeparatorParams, profile)
+        load_params(f"separators.{name}.model", model_params(entry.architecture), profile)
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)

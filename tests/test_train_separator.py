@@ -126,7 +126,8 @@ train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, optimizer: ada
   warmup: [[0, 1.0]], decay: none,
   gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
-  model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4]}}}
+  model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4],
+  norm_momentum: 0.1, phase_bias: 1.0}}}
 """
 
 
@@ -160,11 +161,23 @@ def test_killed_and_run_again_it_gives_the_same_bytes(anchors, tmp_path):
     assert not list(scratch.rglob("checkpoint.pt"))
 
 
-def test_a_wrong_param_stops_it_with_its_dotted_name(anchors, tmp_path):
-    (tmp_path / "params.yaml").write_text(PARAMS_YAML.replace("learning_rate: 3e-3", "learning_rate: fast"))
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        (
+            "learning_rate: 3e-3",
+            "learning_rate: fast",
+            "train.learning_rate: Input should be a valid number (got 'fast')",
+        ),
+        ("n_fft: 256", "n_fft: 256.5", "separators.tiny.model.n_fft: Input should be a valid integer (got 256.5)"),
+        ("n_fft: 256, ", "", "separators.tiny.model.n_fft: Field required"),
+    ],
+)
+def test_a_wrong_param_stops_it_with_its_dotted_name(anchors, tmp_path, right, wrong, message):
+    (tmp_path / "params.yaml").write_text(PARAMS_YAML.replace(right, wrong))
     command = [sys.executable, "-m", "pipeline.stages.train_separator", "tiny", "--anchors", str(anchors)]
     command += ["--out", "out", "--curve", "curve.csv"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "train.learning_rate: Input should be a valid number (got 'fast')" in result.stderr
+    assert message in result.stderr

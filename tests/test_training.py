@@ -77,6 +77,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
         run(tmp_path, load=spoilt)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path):
+    parameter = nn.Parameter(torch.zeros(2))
+    network = nn.ParameterList([parameter])
+    with pytest.raises(FloatingPointError, match="the gradient is nan at step 0, batch: number 0"):
+        fit(
+            network,
+            build_optimizer("adam", network.parameters(), 0.01),
+            load,
+            lambda batch: (parameter.square().sum()).sqrt(),  # its value at 0 is 0, its slope 0 / 0
+            steps=1,
+            learning_rate=lambda n: 1.0,
+            gradient_clip=0.0,
+            seed=0,
+            describe=lambda n: f"number {n}",
+            scratch=tmp_path / "scratch",
+            curve=tmp_path / "curve.csv",
+            log_every_steps=1,
+            checkpoint_every_seconds=60.0,
+        )
+    assert torch.equal(parameter, torch.zeros(2))
+
+
 def test_the_network_learns(tmp_path):
     _, rows = run(tmp_path, steps=300)
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])

@@ -15,7 +15,7 @@ from pipeline.runtime import sha256_file
 
 LIBRARIES = ("torch", "numpy", "scipy", "soundfile", "soxr", "fast-bss-eval", "dvc")
 # What a run itself rewrites does not make its code dirty.
-_WRITTEN_BY_RUNS = ("reports", "dvc.lock")
+_WRITTEN_BY_RUNS = ("reports", "dvc.lock", "data")
 
 
 def provenance(root: Path, params: Path, data: Iterable[Path]) -> dict[str, Any]:

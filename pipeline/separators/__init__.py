@@ -5,11 +5,16 @@ A query separator maps (mixture (batch, time), query (batch, query_dim)) to the 
 `model:` mapping of params.yaml. tests/test_separators.py holds every file here to that.
 """
 
+import inspect
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
 from torch import Tensor, nn
+
+from pipeline.config import Params
 
 
 def names() -> list[str]:
@@ -23,6 +28,17 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"no separator {name!r}; there are {names()}")
     separator: nn.Module = import_module(f"{__name__}.{name}").Separator(**kwargs)
     return separator
+
+
+def model_params(name: str) -> type[Params]:
+    """What `model:` of an entry must say: every argument of the file's Separator but query_dim, with its type."""
+    arguments = inspect.signature(import_module(f"{__name__}.{name}").Separator.__init__).parameters.values()
+    fields: dict[str, Any] = {
+        a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
+        for a in arguments
+        if a.name not in ("self", "query_dim")
+    }
+    return create_model(f"{name}.model", __base__=Params, **fields)
 
 
 def read_published(name: str, path: Path, *, sha256: str | None) -> dict[str, Tensor]:

@@ -152,6 +152,8 @@ class Separator(nn.Module):
         super().__init__()
         if len(channels) != len(STRIDES):
             raise ValueError(f"channels has {len(channels)} widths {list(channels)}; there are {len(STRIDES)} encoders")
+        if not 0 < norm_momentum <= 1:
+            raise ValueError(f"norm_momentum {norm_momentum} is not above 0 and at most 1")
         if n_fft % (2 * BINS_MULTIPLE):
             raise ValueError(f"n_fft {n_fft} is not a multiple of {2 * BINS_MULTIPLE}")
         # With longer hops the last samples of a mixture hang by the tip of one window, and are divided by it.

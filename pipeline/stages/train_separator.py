@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
-from pipeline.devices import choose_device
+from pipeline.devices import choose_device, use_available_cores
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
 from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import PairStream
-from pipeline.separators import build, read_published
+from pipeline.separators import build, model_params, read_published
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ def train_separator(
 ) -> dict[str, Any]:
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
     keep_freed_memory()
+    use_available_cores()
     index = json.loads((anchors / "index.json").read_text())
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
@@ -204,6 +205,7 @@ def main() -> None:
     entry = load_params(f"separators.{args.name}", SeparatorParams)
     params = load_params("train", TrainParams)
     pairs = load_params("pairs", PairsParams)
+    load_params(f"separators.{args.name}.model", model_params(entry.architecture))
     with running(f"train_separator@{args.name}", args.out):
         config = train_separator(args.name, args.anchors, args.out, args.curve, entry=entry, params=params, pairs=pairs)
         log.info("%s: %s", args.name, config)
