@@ -37,8 +37,8 @@ def write(path, waveform, rate=RATE, **kwargs):
     return path
 
 
-def read_segment(path, start, end):
-    return audio.read_segment(path, float(start), float(end), max_seconds=10.0)
+def read_segment(path, start, end, max_seconds=10):
+    return audio.read_segment(path, float(start), float(end), max_seconds=float(max_seconds))
 
 
 def reason(path, start=0, end=10):
@@ -159,6 +159,19 @@ def test_a_file_about_as_long_as_the_segment_is_the_segment(tmp_path):
     segment = read_segment(write(tmp_path / "a.flac", whole, 16_000), 370, 380)
     assert segment.notes == ()
     np.testing.assert_array_equal(segment.waveform, whole[:160_000])
+
+
+@pytest.mark.parametrize("start", [3, 30])
+def test_a_segment_longer_than_the_clip_is_still_no_recording(tmp_path, start):
+    """`audio.clip_seconds: 5` on files of 10 s: the first 5 s of the segment, not those from `start` of the file."""
+    whole = recording(10)
+    segment = read_segment(write(tmp_path / "a.wav", whole, 16_000), start, start + 10, max_seconds=5)
+    assert segment.notes == ()
+    np.testing.assert_array_equal(segment.waveform, whole[:80_000])
+    longer = recording(50)
+    segment = read_segment(write(tmp_path / "b.wav", longer, 16_000), start, start + 10, max_seconds=5)
+    assert segment.notes == ("cut",)
+    np.testing.assert_array_equal(segment.waveform, longer[start * 16_000 :][:80_000])
 
 
 def test_a_recording_from_zero_is_cut_at_the_end(tmp_path):
