@@ -32,8 +32,7 @@ from pipeline.anchors import AnchorIndex, AnchorReader, anchor_key, write_index
 from pipeline.metrics import sdr, si_sdr
 from pipeline.mixing import mix
 from pipeline.ontology import classes
-from pipeline.parts import cpu_count
-from pipeline.runtime import write_json
+from pipeline.runtime import cpu_count, write_json
 from pipeline.separators import build
 from pipeline.stages.evaluate import EvaluateParams, Setup, load, load_separator, score_part
 

@@ -1,6 +1,7 @@
 """The rules of the layout, held by a test: who imports whom, and that dvc.yaml and the profiles know it."""
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -161,3 +162,10 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     assert plan.returncode == 0, plan.stderr
     for name in STAGES:
         assert f"Running stage '{name}'" in plan.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_a_benchmark_can_be_imported(path):
+    """They are not run by the tests, so that a name they use could go unnoticed."""
+    module = importlib.import_module(f"benchmarks.{path.stem}")
+    assert callable(module.main)
