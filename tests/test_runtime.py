@@ -236,9 +236,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(workspace: Path) ->
     try:
         other.kill()
         other.wait()
-        os.kill(child, 0)
+        os.kill(child, 0)  # it lives
         with running("mine", Path("data/out")):
-            pass
+            assert len(os.listdir("data/scratch/locks")) == 1
     finally:
         os.kill(child, signal.SIGKILL)
         other.communicate()

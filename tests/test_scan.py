@@ -131,7 +131,9 @@ def test_params_name_a_subset_once(tmp_path):
 
 def test_the_embedded_params_fit():
     embedded = load_params("data", DataParams, REPOSITORY / "params.yaml")
-    load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "params.yaml")
+    options = load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "params.yaml")
+    assert embedded.source == "synthetic"
+    assert options.train_clips_per_class > options.eval_clips_per_class > 0
 
 
 def test_two_runs_write_the_same_bytes_and_what_lay_there_before_goes(tmp_path):
