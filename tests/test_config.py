@@ -45,7 +45,8 @@ def test_dots_reach_into_a_section(tmp_path):
         (GOOD.replace("lr: 1e-3", "lr: 1e-3, momentum: 0.9"), r"train\.optim\.momentum: Extra"),
         (GOOD.replace("  channels: [32, 64]\n", ""), r"train\.channels: Field required"),
         (GOOD.replace("freeze: true", "freeze: no"), r"train\.freeze: .*valid boolean \(got 'no'\)"),
-        ("other: {}\n", r"no section 'train'"),
+        ("evaluate: {}\n", r"no section 'train'"),
+        (GOOD + "trian: {}\n", r"unknown section 'trian'; there are .*'train'"),
     ],
 )
 def test_a_mistake_names_its_key(tmp_path, text, message):
