@@ -1,0 +1,333 @@
+"""Audio-MAE (Huang et al. 2022, arXiv:2207.06405): a masked autoencoder of log-mel patches, and its encoder as upstream.
+
+The arithmetic and the tensor names are those of the published code (facebookresearch/AudioMAE), so that its checkpoint
+loads and gives its features. Where that code differs from the paper, the code is followed:
+
+- a clip's 512 patches are ordered time first (token 8 t + f), but their positions are those of an 8 x 64 grid, so that
+  token n has the position (n mod 64, n div 64). The checkpoint holds these positions. They are unique, and no geometry;
+- the decoder that was trained (`local`) has 16 shifted-window blocks, whatever depth is asked for; `global` has ordinary
+  ones, as the paper of Zhao et al. (arXiv:2407.11745) says;
+- clips are padded with zeros after the logarithm: loud noise, not silence.
+
+The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, whose encoders have the same geometry,
+are MIT.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.fbank import N_MELS
+
+PATCH = 16  # frames, and mels
+BANDS = N_MELS // PATCH
+MAX_FRAMES = 1024
+MAX_STEPS = MAX_FRAMES // PATCH
+NORM_EPSILON = 1e-6
+
+Decoder = Literal["local", "global"]
+MaeInput = Literal["pad1024", "crop", "hop35"]
+
+
+def sincos(dim: int, position: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
+    """Sines, then cosines, of the position at dim / 2 rates from 1 down to 1e-4 (float64)."""
+    rate = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = position.double()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def positions(dim: int) -> Float[Tensor, "1 tokens dim"]:
+    """The fixed positions of the class token (zeros) and of 512 patches: n mod 64, then n div 64 (see the module)."""
+    n = torch.arange(MAX_STEPS * BANDS)
+    table = torch.cat([sincos(dim // 2, n % MAX_STEPS), sincos(dim // 2, n // MAX_STEPS)], dim=1)
+    return F.pad(table, (0, 0, 1, 0)).float()[None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, computed in one fused call."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Keep the shape."""
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Keep the shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block; in training a share `drop_path` of the items passes each branch by."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Keep the shape."""
+        x = x + self._keep(self.attn(self.norm1(x)))
+        return x + self._keep(self.mlp(self.norm2(x)))
+
+    def _keep(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention inside windows, with a bias from the offset between two patches (Liu et al. 2021, Swin v2)."""
+
+    def __init__(self, dim: int, heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.tau = nn.Parameter(torch.ones(heads))
+        self.meta_mlp = nn.Module()
+        self.meta_mlp.fc1 = nn.Linear(2, 384)
+        self.meta_mlp.fc2 = nn.Linear(384, heads)
+        grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1).view(-1, 2)
+        offset = (grid[:, None] - grid[None]).float()
+        self.register_buffer("log_offset", offset.sign() * offset.abs().log1p(), persistent=False)
+        self.log_offset: Tensor
+
+    def bias(self) -> Float[Tensor, "heads tokens tokens"]:
+        """What is added to the logits of each pair of places in a window."""
+        hidden = F.dropout(F.relu(self.meta_mlp.fc1(self.log_offset)), 0.1, self.training)
+        return self.meta_mlp.fc2(hidden).permute(2, 0, 1)
+
+    def forward(
+        self, x: Float[Tensor, "windows tokens dim"], mask: Float[Tensor, "per_clip tokens tokens"] | None
+    ) -> Float[Tensor, "windows tokens dim"]:
+        """Keep the shape; `mask` is added to the logits of the windows of each clip."""
+        windows, tokens, dim = x.shape
+        q, k, v = self.qkv(x).view(windows, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        norms = q.norm(dim=-1, keepdim=True) * k.norm(dim=-1, keepdim=True).transpose(-2, -1)
+        logits = (q @ k.transpose(-2, -1)) / norms.clamp(min=1e-6)
+        logits = logits / self.tau.clamp(min=0.01)[:, None, None] + self.bias()
+        if mask is not None:
+            logits = (logits.view(-1, mask.shape[0], self.heads, tokens, tokens) + mask[:, None]).view_as(logits)
+        return self.proj((logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(windows, tokens, dim))
+
+
+class WindowBlock(nn.Module):
+    """A block of the local decoder: windows of 4 x 4 patches, every other block's shifted by two steps of time.
+
+    The norms come after the branches (Swin v2), not before them as in the encoder.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, shift: int) -> None:
+        super().__init__()
+        self.attn = WindowAttention(dim, heads, (4, 4))
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.shift = shift
+        self.register_buffer("mask", _wrap_mask(shift) if shift else None, persistent=False)
+        self.mask: Tensor | None
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Keep the shape; the tokens are a whole clip's 64 x 8."""
+        x = x + self.norm1(self._attend(x))
+        return x + self.norm2(self.mlp(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        plane = x.view(x.shape[0], MAX_STEPS, BANDS, -1).roll(-self.shift, dims=1)
+        windows = _windows(plane)
+        h = self.attn(windows, self.mask)
+        h = h.view(x.shape[0], MAX_STEPS // 4, BANDS // 4, 4, 4, -1).transpose(2, 3).reshape(plane.shape)
+        return h.roll(self.shift, dims=1).reshape(x.shape)
+
+
+def _windows(plane: Float[Tensor, "batch steps bands dim"]) -> Float[Tensor, "windows 16 dim"]:
+    batch, steps, bands, dim = plane.shape
+    return plane.view(batch, steps // 4, 4, bands // 4, 4, dim).transpose(2, 3).reshape(-1, 16, dim)
+
+
+def _wrap_mask(shift: int) -> Float[Tensor, "windows 16 16"]:
+    """-100 between patches that are neighbours only because the shift wraps the end of the clip to its start."""
+    region = torch.zeros(1, MAX_STEPS, BANDS, 1)
+    region[:, -4:-shift] = 1
+    region[:, -shift:] = 2
+    windows = _windows(region)[..., 0]
+    return (windows[:, None] != windows[:, :, None]).float() * -100.0
+
+
+class Encoder(nn.Module):
+    """ViT over 16 x 16 patches of a normalised filter bank, with a class token in front."""
+
+    def __init__(self, *, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if dim % (4 * 1) or dim % heads:
+            raise ValueError(f"dim {dim} must be a multiple of 4 and of heads ({heads})")
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(positions(dim), requires_grad=False)
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(1, dim, PATCH, PATCH)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
+
+    def embed(self, features: Float[Tensor, "batch frames mels"]) -> Float[Tensor, "batch tokens dim"]:
+        """Patches with their positions, time first; frames must be a multiple of 16, at most 1024."""
+        if features.shape[1] % PATCH or features.shape[1] > MAX_FRAMES:
+            raise ValueError(f"{features.shape[1]} frames are not a multiple of {PATCH} up to {MAX_FRAMES}")
+        weight = self.patch_embed.proj.weight
+        tokens = self.patch_embed.proj(features[:, None].to(weight.dtype)).flatten(2).transpose(1, 2)
+        return tokens + self.pos_embed[:, 1 : 1 + tokens.shape[1]]
+
+    def with_class_token(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens_1 dim"]:
+        """The class token, which has a position of its own, in front."""
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+
+    def hidden(self, features: Float[Tensor, "batch frames mels"]) -> list[Float[Tensor, "batch tokens_1 dim"]]:
+        """What each block gives, class token first. Fewer than 1024 frames take the first positions, as in training."""
+        h = self.with_class_token(self.embed(features))
+        outputs = []
+        for block in self.blocks:
+            h = block(h)
+            outputs.append(h)
+        return outputs
+
+
+class MaskedAutoencoder(Encoder):
+    """Audio-MAE: the encoder on the patches left visible, a decoder on all of them, the loss on the hidden ones."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        decoder: Decoder = "local",
+        decoder_dim: int = 512,
+        decoder_depth: int = 16,
+        decoder_heads: int = 16,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
+        if decoder_dim % 4 or decoder_dim % decoder_heads:
+            raise ValueError(f"decoder_dim {decoder_dim} must be a multiple of 4 and of decoder_heads {decoder_heads}")
+        self.decoder = decoder
+        self.recompute = recompute
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(positions(decoder_dim), requires_grad=False)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.decoder_blocks = nn.ModuleList(
+            WindowBlock(decoder_dim, decoder_heads, mlp_ratio, shift=2 * (i % 2))
+            if decoder == "local"
+            else Block(decoder_dim, decoder_heads, mlp_ratio)
+            for i in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=NORM_EPSILON)
+        self.decoder_pred = nn.Linear(decoder_dim, PATCH * PATCH)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, features: Float[Tensor, "batch frames mels"], noise: Float[Tensor, "batch tokens"], mask_ratio: float = 0.8
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch tokens 256"], Bool[Tensor, "batch tokens"]]:
+        """(loss, prediction of every patch, which patches were hidden) of 1024 frames of normalised filter bank.
+
+        The patches with the highest `noise` are hidden: int(512 * (1 - mask_ratio)) stay.
+        """
+        latent, restore, hidden = self.encode_visible(features, noise, mask_ratio)
+        prediction = self.decode(latent, restore)
+        return self.loss(features, prediction, hidden), prediction, hidden
+
+    def encode_visible(
+        self, features: Float[Tensor, "batch frames mels"], noise: Float[Tensor, "batch tokens"], mask_ratio: float
+    ) -> tuple[Float[Tensor, "batch visible_1 dim"], Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+        """The encoder's output on the visible patches, in the order of their noise, and the way back to theirs."""
+        tokens = self.embed(features)
+        n_visible = int(tokens.shape[1] * (1 - mask_ratio))
+        order = noise.argsort(dim=1)
+        restore = order.argsort(dim=1)
+        h = tokens.gather(1, order[:, :n_visible, None].expand(-1, -1, tokens.shape[2]))
+        h = self.with_class_token(h)
+        for block in self.blocks:
+            h = block(h)
+        return self.norm(h), restore, restore >= n_visible
+
+    def decode(
+        self, latent: Float[Tensor, "batch visible_1 dim"], restore: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens 256"]:
+        """The prediction of every patch: time inside the patch is the slow index of its 256 values."""
+        h = self.decoder_embed(latent)
+        hidden = self.mask_token.expand(h.shape[0], restore.shape[1] + 1 - h.shape[1], -1).to(h.dtype)
+        patches = torch.cat([h[:, 1:], hidden], dim=1)
+        patches = patches.gather(1, restore[..., None].expand(-1, -1, patches.shape[2]))
+        h = torch.cat([h[:, :1], patches], dim=1) + self.decoder_pos_embed
+        if self.decoder == "local":
+            h = h[:, 1:]  # windows have no room for the class token
+        for block in self.decoder_blocks:
+            h = checkpoint(block, h, use_reentrant=False) if self.recompute and self.training else block(h)
+        h = self.decoder_pred(self.decoder_norm(h))
+        return h if self.decoder == "local" else h[:, 1:]
+
+    def loss(
+        self,
+        features: Float[Tensor, "batch frames mels"],
+        prediction: Float[Tensor, "batch tokens 256"],
+        hidden: Bool[Tensor, "batch tokens"],
+        normalised: bool = True,
+    ) -> Float[Tensor, ""]:
+        """Mean square error over the hidden patches, each brought to zero mean and unit (unbiased) variance first."""
+        with torch.autocast(features.device.type, enabled=False):
+            target = patches(features)
+            if normalised:
+                target = normalised_patches(target)
+            error = (prediction.float() - target).square().mean(dim=-1)
+            return (error * hidden).sum() / hidden.sum()
+
+
+def patches(features: Float[Tensor, "batch frames mels"]) -> Float[Tensor, "batch tokens 256"]:
+    """Cut into 16 x 16, time first; inside a patch too."""
+    batch, frames, mels = features.shape
+    cut = features.view(batch, frames // PATCH, PATCH, mels // PATCH, PATCH).transpose(2, 3)
+    return cut.reshape(batch, -1, PATCH * PATCH)
+
+
+def unpatched(values: Float[Tensor, "batch tokens 256"]) -> Float[Tensor, "batch frames mels"]:
+    """The inverse of `patches`."""
+    cut = values.view(values.shape[0], -1, BANDS, PATCH, PATCH).transpose(2, 3)
+    return cut.reshape(values.shape[0], -1, N_MELS)
+
+
+def normalised_patches(target: Float[Tensor, "batch tokens 256"]) -> Float[Tensor, "batch tokens 256"]:
+    """What the decoder learns to predict."""
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    return (target - mean) / (variance + 1e-6).sqrt()
