@@ -1,27 +1,33 @@
-"""Audio-MAE (Huang et al. 2022, arXiv:2207.06405): a masked autoencoder of log-mel patches, and its encoder as upstream.
+"""Audio-MAE (Huang et al. 2022, arXiv:2207.06405): a masked autoencoder of log-mel patches; its encoder as upstream.
 
 The arithmetic and the tensor names are those of the published code (facebookresearch/AudioMAE), so that its checkpoint
 loads and gives its features. Where that code differs from the paper, the code is followed:
 
 - a clip's 512 patches are ordered time first (token 8 t + f), but their positions are those of an 8 x 64 grid, so that
-  token n has the position (n mod 64, n div 64). The checkpoint holds these positions. They are unique, and no geometry;
-- the decoder that was trained (`local`) has 16 shifted-window blocks, whatever depth is asked for; `global` has ordinary
-  ones, as the paper of Zhao et al. (arXiv:2407.11745) says;
+  token n has the position (n mod 64, n div 64). The checkpoint holds these. They are unique, but no geometry;
+- the decoder that was trained (`local`) has 16 shifted-window blocks, whatever depth is asked for; `global` has
+  8 ordinary ones, as Zhao et al. (arXiv:2407.11745) say;
 - clips are padded with zeros after the logarithm: loud noise, not silence.
 
 The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, whose encoders have the same geometry,
 are MIT.
 """
 
-from typing import Literal
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.fbank import N_MELS
+from pipeline import upstreams
+from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k
+from pipeline.weights import read_tensors
 
 PATCH = 16  # frames, and mels
 BANDS = N_MELS // PATCH
@@ -77,10 +83,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block; in training a share `drop_path` of the items passes each branch by."""
+    """A Transformer block; in training a share `drop_path` of the items passes each branch by.
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    The norms come before the branches, as in A-MAE, or after the sums (`post_norm`), as in EAT and SSLAM.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0, post_norm: bool = False) -> None:
         super().__init__()
+        self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
@@ -89,6 +99,9 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Keep the shape."""
+        if self.post_norm:
+            x = self.norm1(x + self._keep(self.attn(x)))
+            return self.norm2(x + self._keep(self.mlp(x)))
         x = x + self._keep(self.attn(self.norm1(x)))
         return x + self._keep(self.mlp(self.norm2(x)))
 
@@ -108,9 +121,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.tau = nn.Parameter(torch.ones(heads))
-        self.meta_mlp = nn.Module()
-        self.meta_mlp.fc1 = nn.Linear(2, 384)
-        self.meta_mlp.fc2 = nn.Linear(384, heads)
+        self.meta_mlp = nn.ModuleDict({"fc1": nn.Linear(2, 384), "fc2": nn.Linear(384, heads)})
         grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1).view(-1, 2)
         offset = (grid[:, None] - grid[None]).float()
         self.register_buffer("log_offset", offset.sign() * offset.abs().log1p(), persistent=False)
@@ -118,8 +129,8 @@ class WindowAttention(nn.Module):
 
     def bias(self) -> Float[Tensor, "heads tokens tokens"]:
         """What is added to the logits of each pair of places in a window."""
-        hidden = F.dropout(F.relu(self.meta_mlp.fc1(self.log_offset)), 0.1, self.training)
-        return self.meta_mlp.fc2(hidden).permute(2, 0, 1)
+        hidden = F.dropout(F.relu(self.meta_mlp["fc1"](self.log_offset)), 0.1, self.training)
+        return self.meta_mlp["fc2"](hidden).permute(2, 0, 1)
 
     def forward(
         self, x: Float[Tensor, "windows tokens dim"], mask: Float[Tensor, "per_clip tokens tokens"] | None
@@ -178,27 +189,51 @@ def _wrap_mask(shift: int) -> Float[Tensor, "windows 16 16"]:
     return (windows[:, None] != windows[:, :, None]).float() * -100.0
 
 
-class Encoder(nn.Module):
-    """ViT over 16 x 16 patches of a normalised filter bank, with a class token in front."""
+def _initialise(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def __init__(self, *, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+
+class Encoder(nn.Module):
+    """ViT over 16 x 16 patches of a normalised filter bank, with a class token in front.
+
+    With `post_norm` it is the encoder of EAT and SSLAM: a norm before the blocks and none after them, norms after the
+    sums inside.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        post_norm: bool = False,
+    ) -> None:
         super().__init__()
-        if dim % (4 * 1) or dim % heads:
+        if dim % 4 or dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of 4 and of heads ({heads})")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(positions(dim), requires_grad=False)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(1, dim, PATCH, PATCH)
+        proj = nn.Conv2d(1, dim, PATCH, PATCH)
+        nn.init.xavier_uniform_(proj.weight.view(dim, -1))
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate, post_norm) for rate in rates)
+        norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.pre_norm: nn.Module = norm if post_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity() if post_norm else norm
+        nn.init.normal_(self.cls_token, std=0.02)
+        _initialise(self)
 
     def embed(self, features: Float[Tensor, "batch frames mels"]) -> Float[Tensor, "batch tokens dim"]:
         """Patches with their positions, time first; frames must be a multiple of 16, at most 1024."""
         if features.shape[1] % PATCH or features.shape[1] > MAX_FRAMES:
             raise ValueError(f"{features.shape[1]} frames are not a multiple of {PATCH} up to {MAX_FRAMES}")
-        weight = self.patch_embed.proj.weight
-        tokens = self.patch_embed.proj(features[:, None].to(weight.dtype)).flatten(2).transpose(1, 2)
+        tokens = self.patch_embed["proj"](features[:, None].to(self.cls_token.dtype)).flatten(2).transpose(1, 2)
         return tokens + self.pos_embed[:, 1 : 1 + tokens.shape[1]]
 
     def with_class_token(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens_1 dim"]:
@@ -208,7 +243,7 @@ class Encoder(nn.Module):
 
     def hidden(self, features: Float[Tensor, "batch frames mels"]) -> list[Float[Tensor, "batch tokens_1 dim"]]:
         """What each block gives, class token first. Fewer than 1024 frames take the first positions, as in training."""
-        h = self.with_class_token(self.embed(features))
+        h = self.pre_norm(self.with_class_token(self.embed(features)))
         outputs = []
         for block in self.blocks:
             h = block(h)
@@ -249,16 +284,14 @@ class MaskedAutoencoder(Encoder):
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=NORM_EPSILON)
         self.decoder_pred = nn.Linear(decoder_dim, PATCH * PATCH)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))
-        nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        _initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "batch frames mels"], noise: Float[Tensor, "batch tokens"], mask_ratio: float = 0.8
+        self,
+        features: Float[Tensor, "batch frames mels"],
+        noise: Float[Tensor, "batch tokens"],
+        mask_ratio: float = 0.8,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch tokens 256"], Bool[Tensor, "batch tokens"]]:
         """(loss, prediction of every patch, which patches were hidden) of 1024 frames of normalised filter bank.
 
@@ -331,3 +364,168 @@ def normalised_patches(target: Float[Tensor, "batch tokens 256"]) -> Float[Tenso
     """What the decoder learns to predict."""
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     return (target - mean) / (variance + 1e-6).sqrt()
+
+
+def n_paper_steps(samples: int) -> int:
+    """Steps of Zhao et al.'s reading: 32 for each 10.24 s of a 32-kHz waveform, begun ones included."""
+    return 32 * -(-samples // (upstreams.SAMPLE_RATE * MAX_FRAMES // 100))
+
+
+class Upstream(upstreams.Upstream):
+    """A-MAE's encoder on a mixture, patches pooled over frequency by the mean of average and maximum.
+
+    mae_input   what the encoder sees of 2 s            steps           aligned in time
+    pad1024     198 frames, then loud noise to 1024     32 of 320 ms    no: repeated 7 times, one stands for 70 ms
+    crop        224 frames (silence behind the end)     14 of 160 ms    yes
+    hop35       1024 frames of a 2.2-ms hop             32 of 70 ms     yes; what it sees is 4.6 times too slow
+
+    pad1024 is how Zhao et al. (arXiv:2407.11745) can be read; crop cuts the positions as well, which is exact because
+    they are fixed. Longer mixtures are cut into pieces of 1024 frames.
+    """
+
+    lora_targets = ("attn.qkv", "attn.proj")
+
+    def __init__(
+        self,
+        *,
+        mae_input: MaeInput,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        post_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if mae_input not in FRAMES_PER_STEP:
+            raise ValueError(f"mae_input {mae_input!r} is none of {sorted(FRAMES_PER_STEP)}")
+        self.encoder = Encoder(
+            dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, drop_path=drop_path, post_norm=post_norm
+        )
+        self.mae_input = mae_input
+        self.dim, self.n_layers, self.frames_per_step = dim, depth, FRAMES_PER_STEP[mae_input]
+
+    def features(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
+        """The normalised filter bank of 32-kHz waveforms, as long as `mae_input` says."""
+        low = to_16k(waveform, upstreams.SAMPLE_RATE)
+        low = low - low.mean(dim=-1, keepdim=True)
+        rows = -(-(low.shape[-1] // HOP_SAMPLES + 1) // 32) * 32  # what the U-Net pads its frames to
+        if self.mae_input == "pad1024":
+            found = normalise(fbank(F.pad(low, (0, max(0, WINDOW_SAMPLES - low.shape[-1])))))
+            return F.pad(found, (0, 0, 0, -found.shape[1] % MAX_FRAMES), value=PADDING)
+        hop, frames = HOP_SAMPLES, rows
+        if self.mae_input == "hop35":
+            hop, frames = 35, -(-rows // 7) * 32
+        samples = WINDOW_SAMPLES + (frames - 1) * hop
+        return normalise(fbank(F.pad(low, (0, max(0, samples - low.shape[-1])))[:, :samples], hop_samples=hop))
+
+    def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
+        """The patches of every block, without the class token: 8 per 16 frames, time first."""
+        pieces = [self.encoder.hidden(piece) for piece in torch.split(self.features(waveform), MAX_FRAMES, dim=1)]
+        return [torch.cat([h[:, 1:] for h in layer], dim=1) for layer in zip(*pieces, strict=True)]
+
+    def final_norm(self, h: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """A-MAE's last norm; EAT and SSLAM have none."""
+        return self.encoder.norm(h)
+
+    def to_steps(self, h: Float[Tensor, "batch positions dim"]) -> Float[Tensor, "batch steps dim"]:
+        """Average-max pooling (Liu et al. 2022, SimPFs) over the 8 bands, and over 2 steps but for `crop`."""
+        group = BANDS if self.mae_input == "crop" else 2 * BANDS
+        grouped = h.reshape(h.shape[0], -1, group, h.shape[2])
+        return (grouped.mean(dim=2) + grouped.amax(dim=2)) / 2
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Embedding and class token; each block; the last with the final norm. The positions are fixed."""
+        encoder = self.encoder
+        first = [encoder.cls_token, *encoder.patch_embed.parameters(), *encoder.pre_norm.parameters()]
+        groups = [first, *(list(block.parameters()) for block in encoder.blocks)]
+        groups[-1] += list(encoder.norm.parameters())
+        return groups
+
+
+FRAMES_PER_STEP = {"pad1024": 7.0, "crop": 16.0, "hop35": 7.0}
+
+
+def read_config(pretrained: Path) -> dict[str, Any]:
+    """config.json of the folder that stage pretrain_mae wrote."""
+    config: dict[str, Any] = json.loads((pretrained / "config.json").read_bytes())
+    return config
+
+
+def read(options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The encoder that stage pretrain_mae trained or converted; `options` are {mae_input, drop_path}."""
+    sizes = {k: v for k, v in read_config(pretrained)["model"].items() if not k.startswith("decoder")}
+    tensors = load_file(pretrained / "weights.safetensors")
+    state = {f"encoder.{name}": tensor for name, tensor in tensors.items() if _of_encoder(name)}
+    return {**sizes, "mae_input": options["mae_input"], "drop_path": options["drop_path"]}, state
+
+
+def _of_encoder(name: str) -> bool:
+    return not name.startswith("decoder") and name != "mask_token"
+
+
+PublishedFormat = Literal["audiomae", "eat", "sslam"]
+
+
+def read_published(
+    path: Path, *, sha256: str | None, layout: PublishedFormat
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(sizes for MaskedAutoencoder or Encoder, its tensors) of a published checkpoint, loaded strictly.
+
+    audiomae   pretrained.pth of facebookresearch/AudioMAE, with its decoder; CC-BY-NC 4.0, not for commercial use
+    eat        model.safetensors of worstchan/EAT-base_epoch30_pretrain (Hugging Face hub), no decoder; MIT
+    sslam      model.safetensors of ta012/SSLAM_pretrain, no decoder; MIT
+
+    The sizes are read from the tensors. A-MAE's positions must be those of `positions`: that catches another file, and
+    one that somebody has mended. Raises ValueError naming the file and what is missing, unexpected or different.
+    """
+    state = read_tensors(path, sha256=sha256, entry="model")
+    if layout != "audiomae":
+        state = {_eat_name(name): tensor for name, tensor in state.items() if _eat_name(name)}
+        if state.get("pos_embed", torch.zeros(0)).shape[1:2] == (MAX_STEPS * BANDS,):
+            state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))  # their class token has no position
+    depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
+    if not depth or "pos_embed" not in state:
+        raise ValueError(f"{path} has no encoder of the layout {layout!r}: it starts with {sorted(state)[:3]}")
+    dim = state["pos_embed"].shape[-1]
+    sizes: dict[str, Any] = {
+        "dim": dim,
+        "depth": depth,
+        "heads": dim // 64,  # of all published sizes
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    }
+    if layout == "audiomae":
+        if (off := (state["pos_embed"] - positions(dim)).abs().max().item()) > 1e-6:
+            raise ValueError(f"{path}: its positions are not A-MAE's transposed grid (they differ by {off:.2g})")
+        n_decoder = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
+        local = "decoder_blocks.0.attn.tau" in state
+        sizes |= {
+            "decoder": "local" if local else "global",
+            "decoder_dim": state["mask_token"].shape[-1],
+            "decoder_depth": n_decoder,
+            "decoder_heads": 16,
+        }
+        wanted = MaskedAutoencoder(**sizes).state_dict()
+    else:
+        sizes["post_norm"] = True
+        wanted = Encoder(**sizes).state_dict()
+    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    different = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
+    if missing or unexpected or different:
+        raise ValueError(
+            f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape {different[:5]}"
+        )
+    return sizes, state
+
+
+def _eat_name(name: str) -> str:
+    """Our name of a tensor of EAT's published model; empty for those that the encoder has no use for."""
+    name = name.removeprefix("model.")
+    for theirs, ours in (
+        ("local_encoder.proj.", "patch_embed.proj."),
+        ("fixed_positional_encoder.positions", "pos_embed"),
+        ("extra_tokens", "cls_token"),
+    ):
+        if name.startswith(theirs):
+            return name.replace(theirs, ours, 1)
+    return name if name.startswith(("blocks.", "pre_norm.")) else ""
