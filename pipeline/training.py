@@ -29,9 +29,13 @@ Optimizer = Literal["adam", "adamw"]
 
 
 def build_optimizer(name: Optimizer, parameters: Iterable[Any], learning_rate: float) -> torch.optim.Optimizer:
-    """Adam as Zhao et al. say, or AdamW with amsgrad and no weight decay as Kong et al.'s code has it."""
+    """Adam as Zhao et al. say, or AdamW with amsgrad and no weight decay as Kong et al.'s code has it.
+
+    `parameters` may be groups with a learning rate, weight decay and `start_step` of their own. Weight decay is AdamW's
+    (it does not pass through the gradient's moments) also under "adam", where a group asks for it.
+    """
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate)
+        return torch.optim.Adam(parameters, lr=learning_rate, decoupled_weight_decay=True)
     return torch.optim.AdamW(parameters, lr=learning_rate, amsgrad=True, weight_decay=0.0)
 
 
@@ -108,8 +112,9 @@ def fit(
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
     `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate. FloatingPointError when loss or gradient is not finite, naming the step and
-    `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
+    of each parameter group's own rate; a group with `start_step` does not move before that step. FloatingPointError
+    when loss or gradient is not finite, naming the step and `describe(n)`. `scratch` must belong to this run alone (see
+    `runtime.fingerprint`): its checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = scratch / "checkpoint.pt"
@@ -144,6 +149,10 @@ def fit(
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
         value.backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            if n < group.get("start_step", 0):
+                for parameter in group["params"]:
+                    parameter.grad = None
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")

@@ -31,8 +31,15 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
 
 def model_params(name: str) -> type[Params]:
-    """What `model:` of an entry must say: every argument of the file's Separator but query_dim, with its type."""
-    arguments = inspect.signature(import_module(f"{__name__}.{name}").Separator.__init__).parameters.values()
+    """What `model:` of an entry must say: every argument of the file's Separator but query_dim, with its type.
+
+    A file with `Settings` takes its sizes from another entry, and says the rest there.
+    """
+    module = import_module(f"{__name__}.{name}")
+    if hasattr(module, "Settings"):
+        settings: type[Params] = module.Settings
+        return settings
+    arguments = inspect.signature(module.Separator.__init__).parameters.values()
     fields: dict[str, Any] = {
         a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
         for a in arguments

@@ -5,7 +5,7 @@ give its outputs. Where paper and code differ, the code is followed: FiLM only s
 (2048 in the published checkpoints, 1024 in the later paper).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,21 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(channels[0], out_channels, 1)
 
     def forward(
-        self, x: Float[Tensor, "batch in_channels frames bins"], query: Float[Tensor, "batch query_dim"]
+        self,
+        x: Float[Tensor, "batch in_channels frames bins"],
+        query: Float[Tensor, "batch query_dim"],
+        join: Callable[[int, Tensor], Tensor] = lambda level, h: h,
     ) -> Float[Tensor, "batch out_channels frames bins"]:
-        """Float32 whatever the autocast: the last, cheap convolution is left out of it."""
+        """Float32 whatever the autocast: the last, cheap convolution is left out of it.
+
+        `join(level, h)` may add to what goes into the next encoder after `level` of them, or at 6 into the bottleneck:
+        (batch, channels[level - 1], frames / 2^min(level, 5), bins / 2^level).
+        """
         h = self.enter(x)
         skips = []
-        for encoder, stride in zip(self.encoders, STRIDES, strict=True):
+        for level, (encoder, stride) in enumerate(zip(self.encoders, STRIDES, strict=True), start=1):
             skips.append(encoder(h, query))
-            h = F.avg_pool2d(skips[-1], stride)
+            h = join(level, F.avg_pool2d(skips[-1], stride))
         h = self.bottleneck(h, query)
         for decoder in self.decoders:
             h = decoder(h, skips.pop(), query)
@@ -182,19 +189,33 @@ class Separator(nn.Module):
         # Reflection at the ends needs more samples than half a window; shorter mixtures get silence behind them.
         padded = pad_to(mixture, self.n_fft // 2 + 1)
         spectrum = stft(padded, n_fft=self.n_fft, hop_length=self.hop_length)
-        mask = self.mask(self.unet(self.plane(spectrum), query), frames=spectrum.shape[1])
+        mask = self.mask(self.logits(spectrum, mixture, query), frames=spectrum.shape[1])
         # Nyquist has no mask: it was dropped on the way in, and is silent in the published network too.
-        estimate = F.pad(spectrum[..., :-1] * mask, (0, 1))
+        bins = mask.shape[-1]
+        estimate = F.pad(spectrum[..., :bins] * mask, (0, spectrum.shape[-1] - bins))
         return istft(estimate, n_fft=self.n_fft, hop_length=self.hop_length, length=padded.shape[-1])[:, :length]
 
+    def logits(
+        self,
+        spectrum: Complex[Tensor, "batch frames bins"],
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+    ) -> Float[Tensor, "batch 3 padded_frames masked_bins"]:
+        """What `mask` makes a mask of. A separator that knows more of the mixture than its STFT starts here."""
+        return self.unet(self.plane(spectrum), query)
+
     def plane(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch 1 padded_frames even_bins"]:
-        """What the U-Net sees: magnitudes normalised per bin, without Nyquist, and then silence up to 32 frames.
+        """What the U-Net sees: magnitudes normalised per bin, without Nyquist, and then silence up to 32 frames."""
+        return self.normed(spectrum)[..., :-1].contiguous()
+
+    def normed(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch 1 padded_frames bins"]:
+        """Magnitudes normalised per bin, with silence behind them up to a multiple of 32 frames.
 
         The order matters: frames added before the norm would be shifted away from zero by it.
         """
         with torch.autocast(spectrum.device.type, enabled=False):
             h = self.norm(magnitude(spectrum).transpose(1, 2)).transpose(1, 2)
-        return F.pad(h[:, None, :, :-1], (0, 0, 0, -h.shape[1] % FRAMES_MULTIPLE))
+        return F.pad(h[:, None], (0, 0, 0, -h.shape[1] % FRAMES_MULTIPLE))
 
     def mask(
         self, logits: Float[Tensor, "batch 3 padded_frames even_bins"], *, frames: int

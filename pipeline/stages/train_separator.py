@@ -1,16 +1,22 @@
-"""Stage train_separator: train one entry of `separators:` to give back the queried one of two mixed anchors.
+"""Stage train_separator: train one entry of `separators:` or `mae_separators:` to give back the queried one of two
+mixed anchors.
 
 The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III); the loss is L1 on the
 waveform. Anchors were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of
 (seed, n): a killed run goes on from its checkpoint to the weights it would have had.
 
-An entry with `weights` is not trained: a published checkpoint is checked, converted and written in the same form.
+All entries meet the same mixtures in the same order, and their U-Nets begin with the same weights.
+
+An entry of `separators:` with `weights` is not trained: a published checkpoint is checked, converted and written in the
+same form. An entry of `mae_separators:` names where in params.yaml its U-Net's sizes and its settings are.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +26,10 @@ from pydantic import Field, field_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from pipeline import upstreams
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
+from pipeline.cost import cost
 from pipeline.devices import choose_device, use_available_cores
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
@@ -66,6 +74,25 @@ class SeparatorParams(Params):
     weights: str | None
     weights_sha256: str | None
     model: dict[str, Any]
+
+
+class MaeSeparatorParams(Params):
+    """One entry of `mae_separators:` in params.yaml; `unet` and `settings` are places in it, as "variants.updated"."""
+
+    architecture: str
+    unet: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built and trained, or only converted."""
+
+    architecture: str
+    model: dict[str, Any]  # arguments of the separator but query_dim
+    weights: Path | None = None  # a published checkpoint
+    weights_sha256: str | None = None
+    upstream: dict[str, Tensor] | None = None  # pretrained weights of its upstream; None: it has none
 
 
 class Batches:
@@ -131,9 +158,11 @@ def train(
             estimate = model(mixture, query)
         return l1_loss(estimate.float(), target).mean()
 
+    groups = getattr(model, "parameter_groups", None)
+    parameters = model.parameters() if groups is None else groups(params.learning_rate)
     fit(
         model,
-        build_optimizer(params.optimizer, model.parameters(), params.learning_rate),
+        build_optimizer(params.optimizer, parameters, params.learning_rate),
         batches.load,
         loss,
         steps=params.steps,
@@ -149,8 +178,30 @@ def train(
     return model.cpu()
 
 
+def plan(name: str, section: str, pretrained: Path | None) -> Plan:
+    """Read an entry of params.yaml; ValueError names what does not fit."""
+    if section == "separators":
+        entry = load_params(f"separators.{name}", SeparatorParams)
+        load_params(f"separators.{name}.model", model_params(entry.architecture))
+        return Plan(
+            entry.architecture,
+            entry.model,
+            None if entry.weights is None else Path(entry.weights),
+            entry.weights_sha256,
+        )
+    if pretrained is None:
+        raise ValueError(f"{name} is an entry of {section}: --pretrained must say where stage pretrain_mae wrote")
+    mae_entry = load_params(f"mae_separators.{name}", MaeSeparatorParams)
+    unet = load_params(mae_entry.unet, model_params("resunet")).model_dump()
+    settings = load_params(mae_entry.settings, model_params(mae_entry.architecture)).model_dump()
+    upstream, options_type = settings["upstream"], upstreams.options(settings["upstream"])
+    options = {} if options_type is None else load_params(f"upstreams.{upstream}", options_type).model_dump()
+    config, state = upstreams.read(upstream, {**settings, **options}, pretrained)
+    return Plan(mae_entry.architecture, {**unet, **settings, "upstream_config": config}, upstream=state)
+
+
 def train_separator(
-    name: str, anchors: Path, out: Path, curve: Path, *, entry: SeparatorParams, params: TrainParams, pairs: PairsParams
+    name: str, anchors: Path, out: Path, curve: Path, *, plan: Plan, params: TrainParams, pairs: PairsParams
 ) -> dict[str, Any]:
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
     keep_freed_memory()
@@ -158,11 +209,16 @@ def train_separator(
     index = json.loads((anchors / "index.json").read_text())
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
-    model = build(entry.architecture, query_dim=query_dim, **entry.model)
+    model: Any = build(plan.architecture, query_dim=query_dim, **plan.model)
+    if plan.upstream is not None:
+        model.load_pretrained(plan.upstream)
+    identity = json.dumps([plan.architecture, plan.model, str(plan.weights), plan.weights_sha256], sort_keys=True)
+    digest = hashlib.sha256(save(plan.upstream or {})).hexdigest()
     scratch = scratch_dir(
-        f"train_separator-{name}", fingerprint(entry, params, pairs, anchors / "index.parquet", anchors / "index.json")
+        f"train_separator-{name}",
+        fingerprint(identity, digest, params, pairs, anchors / "index.parquet", anchors / "index.json"),
     )
-    if entry.weights is None:
+    if plan.weights is None:
         batches = Batches(
             anchors,
             pairs,
@@ -173,17 +229,17 @@ def train_separator(
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
     else:
-        published = read_published(entry.architecture, Path(entry.weights), sha256=entry.weights_sha256)
+        published = read_published(plan.architecture, plan.weights, sha256=plan.weights_sha256)
         model.load_state_dict(published)
         write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
     config = {
-        "architecture": entry.architecture,
-        "model": {**entry.model, "query_dim": query_dim},
+        "architecture": plan.architecture,
+        "model": {**plan.model, "query_dim": query_dim},
         "sample_rate": index["sample_rate"],
         "segment_samples": index["segment_samples"],
-        "n_parameters": sum(p.numel() for p in model.parameters()),
-        "steps": params.steps if entry.weights is None else 0,
-        "weights": entry.weights_sha256,
+        **asdict(cost(model, query_dim=query_dim, samples=index["segment_samples"])),
+        "steps": params.steps if plan.weights is None else 0,
+        "weights": plan.weights_sha256,
     }
     finished = scratch / "finished"
     finished.mkdir(parents=True, exist_ok=True)
@@ -197,17 +253,18 @@ def train_separator(
 def main() -> None:
     """Paths come from dvc.yaml, numbers from params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="an entry of `separators:`")
+    parser.add_argument("name", help="an entry of the section")
+    parser.add_argument("--section", choices=["separators", "mae_separators"], default="separators")
+    parser.add_argument("--pretrained", type=Path, help="for mae_separators: where stage pretrain_mae wrote")
     parser.add_argument("--anchors", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
-    entry = load_params(f"separators.{args.name}", SeparatorParams)
     params = load_params("train", TrainParams)
     pairs = load_params("pairs", PairsParams)
-    load_params(f"separators.{args.name}.model", model_params(entry.architecture))
+    found = plan(args.name, args.section, args.pretrained)
     with running(f"train_separator@{args.name}", args.out):
-        config = train_separator(args.name, args.anchors, args.out, args.curve, entry=entry, params=params, pairs=pairs)
+        config = train_separator(args.name, args.anchors, args.out, args.curve, plan=found, params=params, pairs=pairs)
         log.info("%s: %s", args.name, config)
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.config import Params
+
 SAMPLE_RATE = 32000  # Hz, of what every upstream is given
 FRAME_RATE = 100  # Hz, of the STFT that features are aligned with
 
@@ -62,6 +64,12 @@ def build(name: str, **config: Any) -> Upstream:
     """Build the Upstream of `pipeline/upstreams/<name>.py`; ValueError for a name that has no file."""
     upstream: Upstream = _module(name).Upstream(**config)
     return upstream
+
+
+def options(name: str) -> type[Params] | None:
+    """What params.yaml says of it under `upstreams.<name>`; None: nothing."""
+    found: type[Params] | None = getattr(_module(name), "Options", None)
+    return found
 
 
 def read(name: str, options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:

@@ -1,0 +1,272 @@
+"""MAE-ResUNet: ResUNet30 that also sees features of an upstream encoder (Zhao et al., arXiv:2407.11745, section II).
+
+    mixture -> STFT -> |X|, normed --------------+--> U-Net, steered by the query -> mask -> iSTFT
+            -> upstream -> layers -> steps -> fusion
+
+Where the features join (`fusion`), for 2 s, n_fft 1024, an A-MAE of width 768:
+
+freq        (batch, 1, 224, 513) and (batch, 1, 224, 768) side by side along the frequency axis; of the 1281 columns the
+            last is dropped, and of the U-Net's 1280 the first 513 are the mask's. As published; 2.5 times the U-Net
+channel     one Linear to the bins: a second input channel
+deep        one Linear, added to all bins where a row of the U-Net is 16 frames, before the fifth encoder
+film        their mean over time, one Linear, added to the query
+attention   the rows of the bottleneck (32 frames) look the steps up: cross attention over time, added to all bins
+none        they do not: the baseline
+
+deep, film and attention begin with zero weights: as the baseline. Every feature vector is brought to zero mean and unit
+variance first. For the same seed the U-Net begins with the baseline's weights, whatever the fusion.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pipeline.config import Params
+from pipeline.separators import resunet
+from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine
+
+Fusion = Literal["freq", "channel", "deep", "film", "attention", "none"]
+DEEP_LEVEL, BOTTLENECK_LEVEL = 4, 6
+ATTENTION_HEADS = 4
+
+
+class Settings(Params):
+    """What such a model is: `model:` of params.yaml, and each of `variants:`."""
+
+    upstream: str
+    freeze_mae: bool
+    mae_input: Literal["pad1024", "crop", "hop35"]
+    layers: Literal["auto", "last", "last3", "weighted"]
+    repeat: Repeat
+    fusion: Fusion
+    lora_rank: int = Field(ge=0)
+    encoder_learning_rate: float = Field(gt=0)
+    encoder_weight_decay: float = Field(ge=0)
+    layer_decay: float = Field(gt=0, le=1)
+    unfreeze_step: int = Field(ge=0)
+    drop_path: float = Field(ge=0, lt=1)
+    bf16_frozen: bool
+
+    @model_validator(mode="after")
+    def _adapters_learn(self) -> "Settings":
+        if self.lora_rank and self.freeze_mae:
+            raise ValueError("lora_rank adapts an encoder that learns: set freeze_mae to false, or lora_rank to 0")
+        return self
+
+
+class Separator(resunet.Separator):
+    """ResUNet30 with an upstream. The arguments are those of the baseline, of `Settings`, and the upstream's config.
+
+    frozen      the encoder is in evaluation mode whatever the mode of the rest, and runs without gradients
+    updated     it learns, from step `unfreeze_step` on, with a rate of its own that falls by `layer_decay` per layer
+    adapted     (lora_rank > 0) low-rank adapters of its attention learn, its own weights do not
+    """
+
+    def __init__(
+        self,
+        *,
+        query_dim: int,
+        n_fft: int,
+        hop_length: int,
+        channels: Sequence[int],
+        norm_momentum: float,
+        phase_bias: float,
+        upstream_config: Mapping[str, Any],
+        **settings: Any,
+    ) -> None:
+        # First, so that the same seed gives the U-Net of the baseline.
+        super().__init__(
+            query_dim=query_dim,
+            n_fft=n_fft,
+            hop_length=hop_length,
+            channels=channels,
+            norm_momentum=norm_momentum,
+            phase_bias=phase_bias,
+        )
+        self.settings = Settings.model_validate(settings)
+        fusion, dim = self.settings.fusion, 0
+        layers = self.settings.layers
+        # Zhao et al.: the last layer's if frozen, a weighted sum of all if updated.
+        self.layers = ("last" if self.settings.freeze_mae else "weighted") if layers == "auto" else layers
+        if fusion == "none":
+            return
+        self.upstream = build(self.settings.upstream, **upstream_config)
+        dim = self.upstream.dim
+        if self.layers == "weighted":
+            self.layer_weights = nn.Parameter(torch.zeros(self.upstream.n_layers))
+        if self.settings.freeze_mae:
+            self.upstream.requires_grad_(False)
+            if self.settings.bf16_frozen:
+                self.upstream.to(torch.bfloat16)
+        elif self.settings.lora_rank:
+            self._adapt()
+        n_bins = n_fft // 2
+        if fusion == "channel":
+            self.project = nn.Linear(dim, n_bins)
+            enter = nn.Conv2d(2, channels[0], 1)
+            with torch.no_grad():
+                enter.weight[:, :1] = self.unet.enter.weight
+                enter.bias.copy_(self.unet.enter.bias)  # type: ignore[union-attr, arg-type]
+            enter.weight.data = enter.weight.data.contiguous(memory_format=torch.channels_last)
+            self.unet.enter = enter
+        elif fusion == "deep":
+            self.project = _silent(nn.Linear(dim, channels[DEEP_LEVEL - 1]))
+        elif fusion == "film":
+            self.project = _silent(nn.Linear(dim, query_dim))
+        elif fusion == "attention":
+            self.look_up = LookUp(channels[BOTTLENECK_LEVEL - 1], dim)
+
+    def train(self, mode: bool = True) -> "Separator":
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.settings.fusion != "none" and self.settings.freeze_mae:
+            self.upstream.eval()
+        return self
+
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> None:
+        """Give the upstream its pretrained weights; RuntimeError where they are not exactly its own."""
+        if self.settings.fusion == "none":
+            return
+        ours = {name.replace(".base_layer.", "."): name for name in self.upstream.state_dict() if ".lora_" not in name}
+        if set(ours) != set(state):
+            raise RuntimeError(f"the pretrained upstream differs in {sorted(set(ours) ^ set(state))[:5]}")
+        self.upstream.load_state_dict({ours[name]: tensor for name, tensor in state.items()}, strict=False)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """For an optimizer: the U-Net and the fusion; the layers' weights; the encoder's layers, from the last down.
+
+        Groups with `start_step` do not move before that step.
+        """
+        settings = self.settings
+        upstream = [] if settings.fusion == "none" else list(self.upstream.parameters())
+        theirs = {id(p) for p in upstream} | {id(p) for p in self._layer_weights()}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters() if id(p) not in theirs and p.requires_grad], "lr": learning_rate}
+        ]
+        if self._layer_weights():
+            groups.append({"params": self._layer_weights(), "lr": learning_rate, "weight_decay": 0.0})
+        if settings.fusion == "none" or settings.freeze_mae:
+            return groups
+        layers = self.upstream.layer_groups()
+        for depth, parameters in enumerate(reversed(layers)):
+            rate = settings.encoder_learning_rate * settings.layer_decay**depth
+            for decay in (settings.encoder_weight_decay, 0.0):
+                chosen = [p for p in parameters if p.requires_grad and (p.ndim > 1) == (decay > 0)]
+                if chosen:
+                    options = {"lr": rate, "weight_decay": decay, "start_step": settings.unfreeze_step}
+                    groups.append({"params": chosen, **options})
+                if settings.encoder_weight_decay == 0 and decay == 0:
+                    break
+        return groups
+
+    def _layer_weights(self) -> list[nn.Parameter]:
+        return [self.layer_weights] if hasattr(self, "layer_weights") else []
+
+    def _adapt(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if not self.upstream.lora_targets:
+            raise ValueError(f"upstream {self.settings.upstream!r} has nothing for lora_rank to adapt")
+        rank = self.settings.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(self.upstream.lora_targets))
+        inject_adapter_in_model(config, self.upstream)  # its own weights no longer need gradients
+
+    def steps(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch steps dim"]:
+        """The upstream's features of each mixture, normed, float32.
+
+        Not cached: a training mixture is met once, and the encoder of a sum is not the sum of the encoders.
+        """
+        frozen = self.settings.freeze_mae
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            hidden = self.upstream.hidden(mixture)
+        h = combine(self.upstream, hidden, self.layers, getattr(self, "layer_weights", None))
+        h = self.upstream.to_steps(h).float()
+        return F.layer_norm(h, h.shape[-1:])
+
+    def frames(
+        self, steps: Float[Tensor, "batch steps dim"], n: int, stride: int = 1
+    ) -> Float[Tensor, "batch {n} dim"]:
+        """The step of each of n rows, a row being `stride` frames of the STFT."""
+        per_second = SAMPLE_RATE / self.hop_length
+        per_row = self.upstream.frames_per_step * per_second / FRAME_RATE / stride
+        return align(steps, per_row, n, self.settings.repeat)
+
+    def logits(
+        self,
+        spectrum: Complex[Tensor, "batch frames bins"],
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+    ) -> Float[Tensor, "batch 3 padded_frames masked_bins"]:
+        """The U-Net's, on STFT and features."""
+        fusion = self.settings.fusion
+        if fusion == "none":
+            return super().logits(spectrum, mixture, query)
+        steps = self.steps(mixture)
+        if fusion == "freq":
+            return self._side_by_side(spectrum, steps, query)
+        plane = self.plane(spectrum)
+        rows = plane.shape[2]
+        if fusion == "channel":
+            second = self.project(self.frames(steps, rows))[:, None].float()
+            return self.unet(torch.cat([plane, second], dim=1), query)
+        if fusion == "film":
+            return self.unet(plane, query + self.project(steps.mean(dim=1)).to(query.dtype))
+        if fusion == "deep":
+            added = self.project(self.frames(steps, -(-rows // 16), stride=16)).transpose(1, 2)[..., None]
+            return self.unet(plane, query, lambda level, h: h + added.to(h.dtype) if level == DEEP_LEVEL else h)
+        return self.unet(plane, query, lambda level, h: self.look_up(h, steps) if level == BOTTLENECK_LEVEL else h)
+
+    def _side_by_side(
+        self,
+        spectrum: Complex[Tensor, "batch frames bins"],
+        steps: Float[Tensor, "batch steps dim"],
+        query: Float[Tensor, "batch query_dim"],
+    ) -> Float[Tensor, "batch 3 padded_frames bins"]:
+        """The published fusion. With it Nyquist has a mask."""
+        plane = self.normed(spectrum)
+        rows, bins = plane.shape[2:]
+        plane = torch.cat([plane, self.frames(steps, rows)[:, None]], dim=3)[..., :-1]
+        # Nothing to add for the published widths.
+        plane = F.pad(plane, (0, -plane.shape[3] % resunet.BINS_MULTIPLE))
+        return self.unet(plane, query)[..., :bins]
+
+
+class LookUp(nn.Module):
+    """Cross attention: each row of the bottleneck asks the steps, with the time of both told by sines and cosines."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        heads = math.gcd(channels, ATTENTION_HEADS)
+        self.attention = nn.MultiheadAttention(channels, heads, kdim=dim, vdim=dim, batch_first=True)
+        _silent(self.attention.out_proj)
+
+    def forward(
+        self, h: Float[Tensor, "batch channels rows bins"], steps: Float[Tensor, "batch steps dim"]
+    ) -> Float[Tensor, "batch channels rows bins"]:
+        """Keep the shape; the same for all bins of a row."""
+        with torch.autocast(h.device.type, enabled=False):
+            rows = h.float().mean(dim=3).transpose(1, 2)
+            found, _ = self.attention(rows + _time(rows), steps + _time(steps), steps, need_weights=False)
+        return h + found.transpose(1, 2)[..., None].to(h.dtype)
+
+
+def _time(x: Float[Tensor, "batch n dim"]) -> Float[Tensor, "n dim"]:
+    """Where in the mixture each of n vectors lies, from 0 to 1, as sines and cosines of 1 to 32 half turns."""
+    n, dim = x.shape[1:]
+    place = (torch.arange(n, device=x.device) + 0.5) / n
+    turns = torch.pi * 32 ** torch.linspace(0, 1, -(-dim // 2), device=x.device)
+    angle = place[:, None] * turns
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
