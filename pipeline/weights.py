@@ -91,8 +91,9 @@ def check(path: Path, sha256: str | None) -> None:
 def read_tensors(path: Path, *, sha256: str | None, entry: str, prefix: str = "") -> dict[str, Tensor]:
     """The tensors under `entry` of a checkpoint whose names start with `prefix`, without the prefix, on the CPU.
 
-    `entry` is "model" in PANNs' files and "state_dict" in Lightning's; a .safetensors file has none, and it is not
-    used. The file passes `check` first. Raises ValueError if it holds anything but the expected types.
+    `entry` is "model" in PANNs' files and "state_dict" in Lightning's, "" where the file is the mapping itself; a
+    .safetensors file has none, and it is not used. The file passes `check` first. Raises ValueError if it holds
+    anything but the expected types.
     """
     check(path, sha256)
     if path.suffix == ".safetensors":
@@ -126,6 +127,8 @@ def _unpickle(path: Path, entry: str) -> object:
         raise ValueError(
             f"{path} cannot be read as plain tensors, and is not opened in any other way: {reason}"
         ) from None
+    if entry == "":
+        return content
     if not isinstance(content, Mapping) or entry not in content:
         found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{path} has no entry {entry!r}, but {found}")

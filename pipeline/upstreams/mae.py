@@ -323,7 +323,7 @@ class MaskedAutoencoder(Encoder):
         hidden = self.mask_token.expand(h.shape[0], restore.shape[1] + 1 - h.shape[1], -1).to(h.dtype)
         patches = torch.cat([h[:, 1:], hidden], dim=1)
         patches = patches.gather(1, restore[..., None].expand(-1, -1, patches.shape[2]))
-        h = torch.cat([h[:, :1], patches], dim=1) + self.decoder_pos_embed
+        h = torch.cat([h[:, :1], patches], dim=1) + self.decoder_pos_embed[:, : 1 + restore.shape[1]]
         if self.decoder == "local":
             h = h[:, 1:]  # windows have no room for the class token
         for block in self.decoder_blocks:
@@ -454,14 +454,19 @@ def read_config(pretrained: Path) -> dict[str, Any]:
 
 def read(options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The encoder that stage pretrain_mae trained or converted; `options` are {mae_input, drop_path}."""
-    sizes = {k: v for k, v in read_config(pretrained)["model"].items() if not k.startswith("decoder")}
-    tensors = load_file(pretrained / "weights.safetensors")
-    state = {f"encoder.{name}": tensor for name, tensor in tensors.items() if _of_encoder(name)}
+    sizes = encoder_sizes(read_config(pretrained)["model"])
+    state = encoder_state(load_file(pretrained / "weights.safetensors"))
     return {**sizes, "mae_input": options["mae_input"], "drop_path": options["drop_path"]}, state
 
 
-def _of_encoder(name: str) -> bool:
-    return not name.startswith("decoder") and name != "mask_token"
+def encoder_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an autoencoder's sizes that its encoder has."""
+    return {name: value for name, value in sizes.items() if not name.startswith("decoder")}
+
+
+def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an autoencoder's encoder, under the names that Upstream gives them."""
+    return {f"encoder.{k}": v for k, v in state.items() if not k.startswith("decoder") and k != "mask_token"}
 
 
 PublishedFormat = Literal["audiomae", "eat", "sslam"]

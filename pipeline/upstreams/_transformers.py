@@ -1,0 +1,120 @@
+"""What the upstreams that the transformers library has share: a model by its config, a folder of files by its hash.
+
+No file is ever fetched: `weights` is a folder as `hf download` leaves it (config.json, preprocessor_config.json,
+model.safetensors or pytorch_model.bin), or `random` for weights drawn at random in the sizes of `config`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline import upstreams
+from pipeline.config import Params
+from pipeline.fbank import SAMPLE_RATE as RATE_16K
+from pipeline.fbank import to_16k
+from pipeline.weights import read_tensors
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+# What heads and training leave in published files, and the vector that only masking uses.
+UNUSED = (
+    "masked_spec_embed",
+    "lm_head.",
+    "quantizer.",
+    "project_q.",
+    "project_hid.",
+    "final_proj.",
+    "label_embs_concat",
+)
+
+
+class Options(Params):
+    """`upstreams.<name>:` in params.yaml of an encoder of the transformers library."""
+
+    weights: str = Field(min_length=1)  # a folder, or "random"
+    sha256: str | None  # of the file with the weights; it must be said for a folder
+    config: dict[str, Any]  # the library's own, used for random weights
+
+
+class TransformersUpstream(upstreams.Upstream):
+    """A 16-kHz waveform encoder of the transformers library, without masking and without dropped layers."""
+
+    def __init__(
+        self, model: nn.Module, *, normalise: bool, lora_targets: tuple[str, ...], stride: int, window: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self.normalise, self.lora_targets, self.window = normalise, lora_targets, window
+        self.dim, self.n_layers = config.hidden_size, config.num_hidden_layers
+        self.frames_per_step = stride / (RATE_16K / upstreams.FRAME_RATE)
+
+    def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
+        """What each Transformer layer gives, about 50 times a second."""
+        low = to_16k(waveform, upstreams.SAMPLE_RATE)
+        low = F.pad(low, (0, max(0, self.window - low.shape[1])))
+        if self.normalise:
+            variance, mean = torch.var_mean(low, dim=1, keepdim=True, correction=0)
+            low = (low - mean) / (variance + 1e-7).sqrt()
+        dtype = next(self.model.parameters()).dtype
+        found: Any = self.model(low.to(dtype), output_hidden_states=True)
+        return list(found.hidden_states[1:])
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """All that comes before the first layer; each layer."""
+        model: Any = self.model
+        layers = [list(layer.parameters()) for layer in model.encoder.layers]
+        within = {id(p) for group in layers for p in group}
+        return [[p for p in model.parameters() if id(p) not in within], *layers]
+
+
+def strides(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(samples from one step to the next, samples that the first step needs) of the convolutions of a config."""
+    stride, window = 1, 1
+    for kernel, step in zip(config["conv_kernel"], config["conv_stride"], strict=True):
+        window += (kernel - 1) * stride
+        stride *= step
+    return stride, window
+
+
+def quiet(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what makes training random: masks and dropped layers."""
+    return {**config, "apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
+
+
+def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """(arguments of the Upstream, its tensors) of an entry; `wanted(config)` builds the model to hold the file to.
+
+    FileNotFoundError or ValueError names the folder or file, and what is missing or not expected in it.
+    """
+    if options["weights"] == "random":
+        return {"config": dict(options["config"]), "normalise": False, "weights": "random"}, None
+    folder = Path(options["weights"])
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no config.json; download the model into this folder, or say weights: random"
+        )
+    config = json.loads((folder / "config.json").read_bytes())
+    preprocessor = folder / "preprocessor_config.json"
+    normalise = preprocessor.is_file() and bool(json.loads(preprocessor.read_bytes()).get("do_normalize", False))
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder}: neither of {', '.join(FILES)}")
+    state = {}
+    for name, tensor in read_tensors(file, sha256=options["sha256"], entry="").items():
+        name = name.removeprefix(prefix + ".")
+        if not name.startswith(UNUSED):
+            # The old and the new way to write a weight norm.
+            name = name.replace("weight_g", "parametrizations.weight.original0")
+            state[f"model.{name.replace('weight_v', 'parametrizations.weight.original1')}"] = tensor
+    expected = {f"model.{name}" for name in wanted(quiet(config)).state_dict()}
+    missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
+    if missing or unexpected:
+        raise ValueError(f"{file}: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    return {"config": config, "normalise": normalise, "weights": folder.name}, state
