@@ -4,6 +4,7 @@ A .pth or .ckpt is a pickle, which can run any code when it is opened. So a file
 expected one, and then by torch's restricted unpickler. Nothing here uses the network.
 """
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -24,9 +25,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a published file. `sha256` is None where nobody has published it: params.yaml has to say it."""
+    """What is known of a published file; None: nobody has published it. A SHA-256 must then come from params.yaml."""
 
-    size_bytes: int
+    size_bytes: int | None
     sha256: str | None
     source: str
 
@@ -39,6 +40,9 @@ PUBLISHED = {
     ),
     "Cnn14_DecisionLevelMax_mAP=0.385.pth": Published(
         327_428_481, "dd3b4043a87d4ec13df8082c0fcfee3fb5084151808e47e060987a95eabdd142", _ZENODO
+    ),
+    "pretrained.pth": Published(
+        None, None, "the README of github.com/facebookresearch/AudioMAE; CC-BY-NC 4.0: not for commercial use"
     ),
     "ss_model=resunet30,querynet=at_soft,data=full,devices=8,step=1000000.ckpt": Published(1_121_024_828, None, _USS),
 }
@@ -54,6 +58,8 @@ _SAMPLER_STATE: list[Any] = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     (scalar, "numpy.core.multiarray.scalar"),
 ]
+# AudioMAE's holds the arguments of its training. A Namespace is attributes and no code.
+_ARGUMENTS: list[Any] = [argparse.Namespace]
 
 
 def check(path: Path, sha256: str | None) -> None:
@@ -74,7 +80,7 @@ def check(path: Path, sha256: str | None) -> None:
             raise ValueError(f"{path} is a web page, not weights: it starts with {start[:16]!r}{source}")
         if start.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a Git LFS pointer, not weights: fetch the file that it points to{source}")
-        if known and sha256 in (None, known.sha256) and size != known.size_bytes:
+        if known and known.size_bytes not in (None, size) and sha256 in (None, known.sha256):
             raise ValueError(f"{path} has {size} bytes, not {known.size_bytes}: truncated or another file{source}")
         file.seek(0)
         actual = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,7 +123,7 @@ def read_tensors(path: Path, *, sha256: str | None, entry: str, prefix: str = ""
 
 def _unpickle(path: Path, entry: str) -> object:
     try:
-        with torch.serialization.safe_globals(_SAMPLER_STATE):
+        with torch.serialization.safe_globals([*_SAMPLER_STATE, *_ARGUMENTS]):
             # PANNs' files are of torch's format before 1.6, which is not a zip and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

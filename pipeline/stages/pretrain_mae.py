@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -88,6 +88,7 @@ class PretrainParams(Params):
     warmup_steps: int = Field(ge=0)
     weight_decay: float = Field(ge=0)
     mask_ratio: float = Field(gt=0, lt=1)
+    frames: int = Field(gt=0, le=MAX_FRAMES, multiple_of=PATCH)
     magnitude: bool
     roll: bool
     short: Literal["pad", "repeat"]
@@ -98,6 +99,12 @@ class PretrainParams(Params):
     checkpoint_every_seconds: float = Field(gt=0)
     n_reconstructions: int = Field(ge=0)
     probe: ProbeParams
+
+    @model_validator(mode="after")
+    def _windows(self) -> "PretrainParams":
+        if self.model.decoder == "local" and self.frames != MAX_FRAMES:
+            raise ValueError(f"decoder local has windows for {MAX_FRAMES} frames, not for {self.frames}")
+        return self
 
 
 class FilterBanks:
@@ -130,9 +137,12 @@ class FilterBanks:
             self.features[i, : len(found)] = found
 
     def batch(
-        self, n: int, *, size: int, seed: int, magnitude: bool, roll: bool
+        self, n: int, *, size: int, seed: int, frames: int, magnitude: bool, roll: bool
     ) -> tuple[Float[Tensor, "batch frames mels"], Float[Tensor, "batch tokens"]]:
-        """(features, noise of the patches) of batch n, a pure function of (seed, n): every clip once per epoch."""
+        """(features, noise of the patches) of batch n, a pure function of (seed, n): every clip once per epoch.
+
+        Of a clip that has more than `frames` frames, as many from a random place.
+        """
         rows = self.rows(n, size=size, seed=seed)
         rng = np.random.default_rng([seed, 1, n])
         gains = rng.beta(10, 10, size) + 0.5 if magnitude else np.ones(size)
@@ -142,8 +152,16 @@ class FilterBanks:
             real[:] = np.maximum(real + 2 * np.log(gains[i]) / (2 * STD), FLOOR_VALUE)
             if roll:
                 real[:] = np.roll(real, rng.integers(len(real)), axis=0)
-        noise = rng.random((size, MAX_FRAMES // PATCH * BANDS), dtype=np.float32)
-        return torch.from_numpy(features), torch.from_numpy(noise)
+        starts = rng.integers(np.maximum(self.n_frames[rows] - frames, 0), endpoint=True)
+        pieces = np.stack([clip[start : start + frames] for clip, start in zip(features, starts, strict=True)])
+        noise = rng.random((size, frames // PATCH * BANDS), dtype=np.float32)
+        return torch.from_numpy(pieces), torch.from_numpy(noise)
+
+    def middle(self, rows: slice | list[int], frames: int) -> Float[Tensor, "clips frames mels"]:
+        """`frames` frames from the middle of each of the clips."""
+        starts = np.maximum(self.n_frames[rows] - frames, 0) // 2
+        clips = zip(self.features[rows], starts, strict=True)
+        return torch.from_numpy(np.stack([clip[start : start + frames] for clip, start in clips]).astype(np.float32))
 
     def rows(self, n: int, *, size: int, seed: int) -> list[int]:
         """The clips of batch n, by number; every epoch has an order of its own."""
@@ -180,7 +198,7 @@ def train(model: MaskedAutoencoder, data: FilterBanks, params: PretrainParams, *
     size, seed = params.batch_size, params.seed
 
     def load(n: int) -> tuple[Tensor, Tensor]:
-        return data.batch(n, size=size, seed=seed, magnitude=params.magnitude, roll=params.roll)
+        return data.batch(n, size=size, seed=seed, frames=params.frames, magnitude=params.magnitude, roll=params.roll)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         features, noise = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -217,16 +235,16 @@ def mean_patch(data: FilterBanks) -> Float[Tensor, "bands 256"]:
 def reconstruction_loss(
     model: MaskedAutoencoder, data: FilterBanks, guess: Float[Tensor, "bands 256"], params: PretrainParams
 ) -> tuple[float, float]:
-    """(of the model, of `guess` for every hidden patch) on all clips, under masks that the seed fixes."""
+    """(of the model, of `guess` for every hidden patch) on the middle of all clips, under masks that the seed fixes."""
     device = next(model.parameters()).device
     sums = np.zeros(2)
-    tokens = MAX_FRAMES // PATCH * BANDS
+    tokens = params.frames // PATCH * BANDS
     noise = np.random.default_rng([params.seed, 2]).random((len(data.clip_ids), tokens), dtype=np.float32)
     everywhere = guess.repeat(tokens // BANDS, 1)[None].to(device)
     with torch.inference_mode():
         for first in range(0, len(data.clip_ids), EVAL_BATCH):
             part = slice(first, first + EVAL_BATCH)
-            features = torch.from_numpy(data.features[part].astype(np.float32)).to(device)
+            features = data.middle(part, params.frames).to(device)
             value, _, hidden = model(features, torch.from_numpy(noise[part]).to(device), params.mask_ratio)
             guessed = model.loss(features, everywhere.expand(len(features), -1, -1), hidden)
             sums += np.array([value.item(), guessed.item()]) * len(features)
@@ -242,8 +260,9 @@ def reconstructions(model: MaskedAutoencoder, data: FilterBanks, params: Pretrai
     """
     n = min(params.n_reconstructions, len(data.clip_ids))
     rows = [i * len(data.clip_ids) // n for i in range(n)]
-    features = torch.from_numpy(data.features[rows].astype(np.float32))
-    noise = np.random.default_rng([params.seed, 3]).random((len(rows), MAX_FRAMES // PATCH * BANDS), dtype=np.float32)
+    features = data.middle(rows, params.frames)
+    tokens = params.frames // PATCH * BANDS
+    noise = np.random.default_rng([params.seed, 3]).random((n, tokens), dtype=np.float32)
     device = next(model.parameters()).device
     with torch.inference_mode():
         _, prediction, hidden = model(features.to(device), torch.from_numpy(noise).to(device), params.mask_ratio)
@@ -255,7 +274,6 @@ def reconstructions(model: MaskedAutoencoder, data: FilterBanks, params: Pretrai
     np.savez_compressed(
         buffer,
         clips=np.array([data.clip_ids[row] for row in rows]),
-        frames=data.n_frames[rows],
         original=features.numpy().astype(np.float16),
         visible=unpatched(visible).numpy().astype(np.float16),
         reconstruction=unpatched(whole).numpy().astype(np.float16),

@@ -47,3 +47,14 @@ def fill(name: str, shape: tuple[int, ...]) -> Tensor:
     transposed = re.fullmatch(r"base\.decoder_block\d\.conv1\.weight", name)
     fan_in = shape[0] if transposed else math.prod(shape[1:])
     return randn * math.sqrt(2 / fan_in) * (0.02 if name == "base.after_conv.weight" else 1)
+
+
+def fill_amae(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Rule "fan" of the AudioMAE files."""
+    randn = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if name in ("cls_token", "mask_token"):
+        return 0.02 * randn
+    if len(shape) >= 2:
+        return randn / math.sqrt(math.prod(shape[1:]))
+    shift = 1.0 if "norm" in name and name.endswith("weight") else 0.2 if name.endswith(".tau") else 0.0
+    return 0.02 * randn + shift

@@ -1,0 +1,79 @@
+"""Stage probe: what training with a separator did to an encoder, by the linear probe of stage pretrain_mae.
+
+The encoder inside a trained separator beside the one that its training started from. For one that was updated, a lower
+probe after it is what it forgot of the labels; for a frozen one the two are equal.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from pipeline import upstreams
+from pipeline.config import AudioParams, load_params
+from pipeline.devices import choose_device, use_available_cores
+from pipeline.probing import ProbeParams, described, difference, probe_upstreams
+from pipeline.runtime import running, write_json
+from pipeline.separators import build
+from pipeline.shards import ClipReader
+
+log = logging.getLogger(__name__)
+
+
+def probe(
+    separator: Path, pretrained: Path, train: Path, evaluation: Path, *, audio: AudioParams, params: ProbeParams
+) -> dict[str, Any]:
+    """The summary; `{"upstream": null}` alone for a separator that takes no features."""
+    use_available_cores()
+    config = json.loads((separator / "config.json").read_bytes())
+    model = config["model"]
+    trained: Any = build(config["architecture"], **model)
+    if not hasattr(trained, "upstream"):
+        return {"upstream": None}
+    trained.load_state_dict(load_file(separator / "weights.safetensors"))
+    encoders = [trained.upstream.float()]
+    if model["upstream"] == "mae":
+        start = upstreams.build("mae", **model["upstream_config"])
+        start.load_state_dict(upstreams.read("mae", model, pretrained)[1] or {})
+        encoders.append(start)
+    found = probe_upstreams(
+        encoders,
+        ClipReader(train, audio.sample_rate),
+        ClipReader(evaluation, audio.sample_rate),
+        params,
+        clip_samples=round(audio.clip_seconds * audio.sample_rate),
+        device=choose_device("auto"),
+    )
+    # An encoder that is not ours and did not learn is what it was; where it learnt, what it was is not at hand.
+    before = found[-1] if len(found) > 1 or model["freeze_mae"] else None
+    return {
+        "upstream": model["upstream"],
+        "freeze_mae": model["freeze_mae"],
+        "after": described(found[0]),
+        "before": None if before is None else described(before),
+        "difference": None if before is None else difference(found[0], before),
+    }
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="an entry of `mae_separators:`")
+    parser.add_argument("--separator", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, required=True)
+    parser.add_argument("--train", type=Path, required=True, help="clips of the train split")
+    parser.add_argument("--eval", type=Path, required=True, dest="evaluation", help="clips of the eval split")
+    parser.add_argument("--summary", type=Path, required=True)
+    args = parser.parse_args()
+    audio, params = load_params("audio", AudioParams), load_params("pretrain_mae.probe", ProbeParams)
+    with running(f"probe@{args.name}", args.summary):
+        summary = probe(args.separator, args.pretrained, args.train, args.evaluation, audio=audio, params=params)
+        write_json(args.summary, summary)
+        log.info("%s: %s", args.name, json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
