@@ -16,9 +16,10 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
-    {"config", "audio", "features", "mining", "ontology", "runtime"},
+    {"config", "audio", "features", "fbank", "mining", "ontology", "runtime"},
     {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "weights", "datasets"},
-    {"anchors", "sampling", "separators", "reporting"},
+    {"upstreams"},
+    {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"stages", "gate"},
 ]
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
@@ -114,12 +115,23 @@ def test_every_profile_has_the_keys_of_the_embedded_default(profile):
 
 @pytest.mark.parametrize("profile", [ROOT / "params.yaml", *PROFILES], ids=lambda p: p.stem)
 def test_every_profile_fits_the_params_of_every_stage(profile):
+    from pipeline import upstreams
     from pipeline.config import AudioParams, load_params
     from pipeline.datasets.synthetic import Options
     from pipeline.mixing import PairsParams
     from pipeline.reporting.gates import GateParams
     from pipeline.separators import model_params
-    from pipeline.stages import evaluate, make_eval_pairs, mine_anchors, report, resample, scan, sed, train_separator
+    from pipeline.stages import (
+        evaluate,
+        make_eval_pairs,
+        mine_anchors,
+        pretrain_mae,
+        report,
+        resample,
+        scan,
+        sed,
+        train_separator,
+    )
 
     sections = {
         "data": scan.DataParams,
@@ -127,6 +139,7 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
         "audio": AudioParams,
         "resample": resample.ResampleParams,
         "sed": sed.SedParams,
+        "pretrain_mae": pretrain_mae.PretrainParams,
         "mine_anchors": mine_anchors.MineAnchorsParams,
         "pairs": PairsParams,
         "make_eval_pairs": make_eval_pairs.MakeEvalPairsParams,
@@ -136,12 +149,20 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
         "gate": GateParams,
     }
     document = YAML(typ="safe").load(profile)
-    assert sorted(document) == sorted([*sections, "separators"])
+    assert sorted(document) == sorted([*sections, "separators", "mae_separators", "model", "variants", "upstreams"])
     for section, params in sections.items():
         load_params(section, params, profile)
     for name in document["separators"]:
         entry = load_params(f"separators.{name}", train_separator.SeparatorParams, profile)
         load_params(f"separators.{name}.model", model_params(entry.architecture), profile)
+    for name in document["mae_separators"]:
+        mae = load_params(f"mae_separators.{name}", train_separator.MaeSeparatorParams, profile)
+        load_params(mae.unet, model_params("resunet"), profile)
+        load_params(mae.settings, model_params(mae.architecture), profile)
+    for name in document["upstreams"]:
+        options = upstreams.options(name)
+        assert options is not None
+        load_params(f"upstreams.{name}", options, profile)
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
