@@ -20,6 +20,7 @@ LAYERS = [
     {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "weights", "datasets"},
     {"upstreams"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
+    {"pretraining"},
     {"stages", "gate"},
 ]
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
@@ -119,13 +120,13 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
     from pipeline.config import AudioParams, load_params
     from pipeline.datasets.synthetic import Options
     from pipeline.mixing import PairsParams
+    from pipeline.pretraining import PretrainParams
     from pipeline.reporting.gates import GateParams
     from pipeline.separators import model_params
     from pipeline.stages import (
         evaluate,
         make_eval_pairs,
         mine_anchors,
-        pretrain_mae,
         report,
         resample,
         scan,
@@ -139,7 +140,7 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
         "audio": AudioParams,
         "resample": resample.ResampleParams,
         "sed": sed.SedParams,
-        "pretrain_mae": pretrain_mae.PretrainParams,
+        "pretrain_mae": PretrainParams,
         "mine_anchors": mine_anchors.MineAnchorsParams,
         "pairs": PairsParams,
         "make_eval_pairs": make_eval_pairs.MakeEvalPairsParams,

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from pipeline.mixing import PairsParams
 from pipeline.separators import build
 from pipeline.separators.resunet import dropped_shapes, published_name
-from pipeline.stages.train_separator import Batches, SeparatorParams, TrainParams, train_separator
+from pipeline.stages.train_separator import Batches, Plan, TrainParams, train_separator
 from tests.corpora import write_anchors
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"n_fft": 256, "hop_length": 64, "channels": [4, 4, 4, 4, 4, 4]}
-ENTRY = SeparatorParams(architecture="resunet", weights=None, weights_sha256=None, model=MODEL)
+PLAN = Plan("resunet", MODEL)
 PAIRS = PairsParams(exclude="ontology", normalize="joint", match_energy=True, min_gain=0.02, max_gain=50.0)
 PARAMS = TrainParams(
     seed=0,
@@ -45,9 +45,9 @@ def anchors(tmp_path_factory):
     return write_anchors(tmp_path_factory.mktemp("anchors") / "train", 4)
 
 
-def run(anchors, out, entry=ENTRY, **changes):
+def run(anchors, out, plan=PLAN, **changes):
     params = PARAMS.model_copy(update=changes)
-    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), entry=entry, params=params, pairs=PAIRS)
+    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
 
 
 def test_training_lowers_the_loss_and_writes_what_evaluation_needs(anchors, tmp_path):
@@ -113,8 +113,7 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
     file = tmp_path / "published.ckpt"
     torch.save({"epoch": 0, "state_dict": state}, file)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    entry = ENTRY.model_copy(update={"weights": str(file), "weights_sha256": sha256})
-    config = run(anchors, tmp_path / "out", entry)
+    config = run(anchors, tmp_path / "out", Plan("resunet", MODEL, file, sha256))
     assert config["steps"] == 0
     written = load_file(tmp_path / "out/weights.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in ours.items())

@@ -1,0 +1,285 @@
+"""MAE-ResUNet: every fusion begins from the baseline, frozen encoders stay frozen, and training resumes to the bit."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import separators, upstreams
+from pipeline.cost import cost
+from pipeline.mixing import PairsParams
+from pipeline.separators.mae_resunet import Settings, _time
+from pipeline.stages.train_separator import Batches, Plan, TrainParams, train_separator
+from pipeline.training import build_optimizer
+from pipeline.upstreams.mae import MaskedAutoencoder
+from tests.corpora import write_anchors
+
+UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 8, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0}
+SETTINGS = {
+    "upstream": "mae",
+    "freeze_mae": True,
+    "mae_input": "crop",
+    "layers": "auto",
+    "repeat": "interleave",
+    "fusion": "freq",
+    "lora_rank": 0,
+    "encoder_learning_rate": 1e-3,
+    "encoder_weight_decay": 5e-4,
+    "layer_decay": 0.5,
+    "unfreeze_step": 0,
+    "drop_path": 0.0,
+    "bf16_frozen": False,
+}
+SIZES = {"dim": 64, "depth": 2, "heads": 2}
+FUSIONS = ["freq", "channel", "deep", "film", "attention", "none"]
+
+
+def build(seed=0, **changes):
+    settings = {**SETTINGS, **changes}
+    config = {**SIZES, "mae_input": settings["mae_input"]}
+    if settings["upstream"] != "mae":
+        config = {"dim": SIZES["dim"]}
+    torch.manual_seed(seed)
+    return separators.build("mae_resunet", query_dim=8, upstream_config=config, **UNET, **settings)
+
+
+def baseline(seed=0):
+    torch.manual_seed(seed)
+    return separators.build("resunet", query_dim=8, **UNET)
+
+
+def batch(samples=16000, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, samples, generator=generator), torch.randn(2, 8, generator=generator)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_unet_begins_with_the_weights_of_the_baseline(fusion):
+    ours, theirs = build(fusion=fusion).state_dict(), baseline().state_dict()
+    for name, tensor in theirs.items():
+        found = ours[name][:, :1] if name == "unet.enter.weight" else ours[name]
+        assert torch.equal(found, tensor), name
+
+
+@pytest.mark.parametrize("fusion", ["deep", "film", "attention", "none"])
+def test_these_fusions_begin_as_the_baseline_and_then_listen(fusion):
+    model, mixture_query = build(fusion=fusion).eval(), batch()
+    assert torch.equal(model(*mixture_query), baseline().eval()(*mixture_query))
+    if fusion == "none":
+        return
+    silent = model.look_up.attention.out_proj if fusion == "attention" else model.project
+    torch.nn.init.normal_(silent.weight)
+    before = model(*mixture_query)
+    for parameter in model.upstream.parameters():
+        torch.nn.init.normal_(parameter)
+    assert not torch.equal(model(*mixture_query), before)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS[:-1])
+def test_the_features_reach_the_estimate(fusion):
+    model = build(fusion=fusion)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.2)
+    mixture, query = batch()
+    with_features = model.eval()(mixture, query)
+    model.upstream.hidden = lambda waveform: [torch.randn(2, 32, 64)] * 2
+    assert not torch.allclose(with_features, model(mixture, query))
+
+
+def test_the_published_fusion_has_its_columns_and_masks_nyquist():
+    """513 bins and a width of 64: 577 columns, of which the last is dropped; 768 would give 1280."""
+    model = build(fusion="freq")
+    widths = []
+    model.unet.enter.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    mixture, query = batch(64000)
+    spectrum = torch.randn(2, 201, 513, dtype=torch.complex64)
+    logits = model.logits(spectrum, mixture, query)
+    assert widths == [(2, 1, 224, 576)]
+    assert logits.shape == (2, 3, 224, 513)
+
+
+@pytest.mark.parametrize("samples", [1, 999, 16000, 64000])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_an_estimate_is_as_long_as_its_mixture(fusion, samples):
+    mixture, query = batch(samples)
+    assert build(fusion=fusion).eval()(mixture, query).shape == mixture.shape
+
+
+def test_features_stand_at_the_frames_they_belong_to():
+    model = build(fusion="channel").eval()
+    steps = torch.arange(14.0)[None, :, None].expand(1, -1, 64)
+    assert model.frames(steps, 224)[0, :, 0].tolist() == [j // 16 for j in range(224)]
+    assert model.frames(steps, 14, stride=16)[0, :, 0].tolist() == list(range(14))
+    tiled = build(fusion="channel", repeat="tile").eval()
+    assert tiled.frames(steps, 30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
+
+
+def test_frozen_is_frozen():
+    model = build(drop_path=0.5)
+    before = {name: tensor.clone() for name, tensor in model.upstream.state_dict().items()}
+    model.train()
+    assert not model.upstream.training
+    model(*batch()).square().mean().backward()
+    assert all(p.grad is None for p in model.upstream.parameters())
+    build_optimizer("adamw", model.parameter_groups(1e-2), 1e-2).step()
+    assert all(torch.equal(t, before[n]) for n, t in model.upstream.state_dict().items())
+
+
+def test_frozen_weights_may_be_held_in_bfloat16():
+    exact, rounded = build().eval(), build(bf16_frozen=True).eval()
+    rounded.load_state_dict({n: t.to(rounded.state_dict()[n].dtype) for n, t in exact.state_dict().items()})
+    assert {p.dtype for p in rounded.upstream.parameters()} == {torch.bfloat16}
+    estimates = [model(*batch()) for model in (exact, rounded)]
+    assert (estimates[0] - estimates[1]).norm() / estimates[0].norm() < 0.05
+
+
+def test_updated_uses_all_layers_and_has_a_rate_for_each():
+    model = build(freeze_mae=False)
+    assert model.layers == "weighted"
+    assert build().layers == "last"
+    groups = model.parameter_groups(1e-2)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
+    rates = sorted({group["lr"] for group in groups})
+    assert rates == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-2])  # embedding, first block, last block, the rest
+    decays = {tuple(p.shape): g["weight_decay"] for g in groups[2:] for p in g["params"]}
+    assert decays[64, 64] == 5e-4
+    assert decays[(64,)] == 0.0
+
+
+def test_only_the_adapters_learn_with_a_lora_rank():
+    model = build(freeze_mae=False, lora_rank=2)
+    learning = [n for n, p in model.upstream.named_parameters() if p.requires_grad]
+    assert learning
+    assert all("lora_" in n for n in learning)
+    exact = build(freeze_mae=False)
+    exact.load_state_dict({n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if "lora_" not in n})
+    assert torch.allclose(exact.eval()(*batch()), model.eval()(*batch()), atol=1e-6)  # adapters begin as nothing
+    held = {id(p) for g in model.parameter_groups(1e-2) for p in g["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_adapters_of_a_frozen_encoder_are_refused():
+    with pytest.raises(ValueError, match="lora_rank adapts an encoder that learns"):
+        Settings(**{**SETTINGS, "lora_rank": 4})
+
+
+def test_pretrained_weights_must_be_exactly_the_encoders():
+    model = build()
+    state = {n: torch.zeros_like(t) for n, t in model.upstream.state_dict().items()}
+    model.load_pretrained(state)
+    assert not any(t.any() for t in model.upstream.state_dict().values())
+    state.pop("encoder.norm.bias")
+    with pytest.raises(RuntimeError, match=r"differs in \['encoder.norm.bias'\]"):
+        model.load_pretrained(state)
+
+
+def test_random_features_are_the_same_for_every_mixture_and_none_are_zero():
+    random, none = build(upstream="random"), build(upstream="none")
+    one, two = (model.steps(batch(seed=seed)[0]) for model in (random,) for seed in (1, 2))
+    assert torch.equal(one, two)
+    assert one.std().item() == pytest.approx(1, abs=0.01)
+    assert not none.steps(batch()[0]).any()
+    assert cost(random, query_dim=8, samples=16000).macs == cost(none, query_dim=8, samples=16000).macs
+
+
+def test_rows_and_steps_carry_their_time():
+    x = torch.zeros(1, 5, 7)
+    assert _time(x).shape == (5, 7)
+    assert len({tuple(row) for row in _time(x).tolist()}) == 5
+
+
+# ------------------------------------------------------------------------------------------------- in the stage
+
+PAIRS = PairsParams(exclude="ontology", normalize="joint", match_energy=True, min_gain=0.02, max_gain=50.0)
+PARAMS = TrainParams(
+    seed=0,
+    steps=6,
+    batch_size=2,
+    segment_seconds=0.25,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    warmup=[[0.0, 1.0]],
+    decay="cosine",
+    gradient_clip=1.0,
+    precision="fp32",
+    device="cpu",
+    log_every_steps=2,
+    checkpoint_every_seconds=60.0,
+)
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    return write_anchors(tmp_path_factory.mktemp("anchors") / "train", 4)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mae")
+    torch.manual_seed(5)
+    sizes = {**SIZES, "decoder": "global", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    save_file(MaskedAutoencoder(**sizes).state_dict(), directory / "weights.safetensors")
+    (directory / "config.json").write_text(json.dumps({"model": sizes}))
+    return directory
+
+
+def plan(pretrained, **changes):
+    settings = {**SETTINGS, **changes}
+    config, state = upstreams.read(settings["upstream"], settings, pretrained)
+    return Plan("mae_resunet", {**UNET, **settings, "upstream_config": config}, upstream=state)
+
+
+def run(anchors, out, plan, **changes):
+    params = PARAMS.model_copy(update=changes)
+    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
+
+
+def test_what_is_written_is_whole(anchors, pretrained, tmp_path):
+    config = run(anchors, tmp_path / "out", plan(pretrained))
+    again = separators.build(config["architecture"], **config["model"])
+    state = load_file(tmp_path / "out" / "weights.safetensors")
+    again.load_state_dict(state)
+    theirs = load_file(pretrained / "weights.safetensors")
+    assert torch.equal(state["upstream.encoder.norm.weight"], theirs["norm.weight"])
+    assert config["n_trainable"] < config["n_parameters"]
+    assert config["macs"] > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_mae": False}, {"freeze_mae": False, "lora_rank": 2}])
+def test_a_killed_training_ends_in_the_same_bytes(anchors, pretrained, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    what = plan(pretrained, drop_path=0.1, **changes)
+    run(anchors, tmp_path / "whole", what)
+    calls = itertools.count()
+    load = Batches.load
+
+    def dies(self, n):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return load(self, n)
+
+    monkeypatch.setattr(Batches, "load", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(anchors, tmp_path / "halves", what, checkpoint_every_seconds=1e-9)
+    monkeypatch.setattr(Batches, "load", load)
+    # The fingerprint knows the params: the second half must have the first half's.
+    run(anchors, tmp_path / "halves", what, checkpoint_every_seconds=1e-9)
+    one, two = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "halves"))
+    assert one == two
+
+
+def test_an_encoder_does_not_move_before_its_step(anchors, pretrained, tmp_path):
+    run(anchors, tmp_path / "still", plan(pretrained, freeze_mae=False, unfreeze_step=6))
+    run(anchors, tmp_path / "moved", plan(pretrained, freeze_mae=False, unfreeze_step=5))
+    theirs = load_file(pretrained / "weights.safetensors")["blocks.0.attn.qkv.weight"]
+    still, moved = (
+        load_file(tmp_path / name / "weights.safetensors")["upstream.encoder.blocks.0.attn.qkv.weight"]
+        for name in ("still", "moved")
+    )
+    assert torch.equal(still, theirs)
+    assert not torch.equal(moved, theirs)
