@@ -40,6 +40,8 @@ make_eval_pairs: {seed: 1234, pairs_per_class: 4}
 train: {seed: 0, steps: 1000, batch_size: 4}
 separators:
   resunet: {architecture: resunet, weights: null, model: {n_fft: 1024}}
+mae_separators: {}
+pretrain_mae: {weights: null, weights_format: audiomae, steps: 5, model: {dim: 64, depth: 4}}
 report: {bootstrap_resamples: 50, bootstrap_seed: 0}
 gate:
   resunet.average.sdri_class_mean_mean: {min: 3.0}
@@ -188,8 +190,11 @@ def places_of(root):
         data / "clips",
         data / "anchors",
         data / "pairs",
+        data / "separators",
+        data / "mae",
         root / "reports",
         data / "timings",
+        root / "reports" / "ablations.csv",
         root / "params.yaml",
         root,
     )
@@ -511,7 +516,7 @@ def test_what_was_lost_on_the_way_is_named(run):
     shown = html.unescape((run / "report.html").read_text())
     assert f"No pairs in the eval split (2): {ontology.classes()[9].name}, Speech." in shown
     assert re.search(r"<td>eval</td><td>truncated</td><td class=\"n\">2</td><td><code>eval17, eval18</code>", shown)
-    assert "Not run: mine_anchors_train, mine_anchors_eval, pairs_train, evaluate_resunet." in shown
+    assert "Not run: pretrain_mae, mine_anchors_train, mine_anchors_eval, pairs_train, evaluate_resunet." in shown
     assert "mean average precision 0.710" in shown
     assert "that or its kin: 1.25 %" in shown
 
@@ -534,8 +539,12 @@ def test_one_class_and_two_pairs_are_enough(tmp_path):
 
 
 def test_several_models_get_rows_and_differences(tmp_path):
-    params = PARAMS.replace("report:", "  zeta: {architecture: resunet, weights: null, model: {n_fft: 2048}}\nreport:")
-    params = params.replace("report:", "  never: {architecture: resunet, weights: null, model: {n_fft: 2048}}\nreport:")
+    params = PARAMS.replace(
+        "mae_separators:", "  zeta: {architecture: resunet, weights: null, model: {n_fft: 2048}}\nmae_separators:"
+    )
+    params = params.replace(
+        "mae_separators:", "  never: {architecture: resunet, weights: null, model: {n_fft: 2048}}\nmae_separators:"
+    )
     better = make_scores(gain=6.0)
     places, parsed = make_run(tmp_path, params=params, zeta=better, stale=better)
     metrics = report(places, tmp_path / "reports", parsed)
@@ -577,7 +586,8 @@ def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, mo
     for path in (workspace / "reports").glob("*.*"):
         path.rename(workspace / "reports" / "stages" / path.name)
     command = "report --scores data/scores --manifest data/manifest --clips data/clips --anchors data/anchors"
-    command += " --pairs data/pairs --summaries reports/stages --out reports"
+    command += " --pairs data/pairs --separators data/separators --pretrained data/mae"
+    command += " --summaries reports/stages --out reports"
     monkeypatch.setattr("sys.argv", command.split())
     main()
     written = {path.name for path in (workspace / "reports").glob("*.*")}
@@ -587,11 +597,71 @@ def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, mo
         "table1.md",
         "class_sdri.svg",
         "training.svg",
+        "pretraining.svg",
         "purity.svg",
         "provenance.json",
         "report.html",
     }
     assert json.loads((workspace / "data" / "timings" / "report.json").read_text())["seconds"] > 0
+
+
+FEATURES = """\
+mae_separators:
+  mae_resunet: {architecture: mae_resunet, unet: separators.resunet.model, settings: model}
+model: {upstream: mae, freeze_mae: true, mae_input: pad1024, fusion: freq}
+"""
+
+
+def write_encoder(root):
+    """What the stages around an encoder would have left."""
+    reports, data = root / "reports", root / "data"
+    probe = {"mean_average_precision": 0.4, "ci_lo": 0.3, "ci_hi": 0.5}
+    probes = {"before": probe, "after": {**probe, "mean_average_precision": 0.625}, "difference": probe}
+    summary = {"weights": None, "steps": 5, "epochs": 2.0, "n_train_clips": 16, "loss": 0.81, "probe": probes}
+    (reports / "pretrain_mae.json").write_text(json.dumps({**summary, "loss_of_mean_patch": 0.93}))
+    (reports / "probe_mae_resunet.json").write_text(json.dumps({"freeze_mae": True, **probes}))
+    (reports / "pretrain_mae.csv").write_text("step,loss,gradient_norm,learning_rate\n10,1.0,1,1\n20,0.8,1,1\n")
+    (data / "mae").mkdir(parents=True)
+    planes = np.random.default_rng(0).standard_normal((1, 128, 128)).astype(np.float16)
+    visible = np.where(np.arange(128) % 16 < 3, planes, np.float16("nan"))
+    stored = {"original": planes, "visible": visible, "reconstruction": planes}
+    np.savez(data / "mae" / "reconstructions.npz", clips=np.array(["clip<b>"]), **stored)
+    for name, macs in (("resunet", 2_000_000_000), ("mae_resunet", 3_000_000_000)):
+        (data / "separators" / name).mkdir(parents=True)
+        config = {"n_parameters": 1_234_567, "n_trainable": 1_000_000, "macs": macs}
+        (data / "separators" / name / "config.json").write_text(json.dumps(config))
+
+
+def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
+    params = PARAMS.replace("mae_separators: {}\n", FEATURES)
+    places, settings = make_run(tmp_path, params=params, mae_resunet=make_scores(gain=5.5))
+    write_encoder(tmp_path)
+    header = "name,setting,sdri,interval,difference,difference_interval,parameters,why\n"
+    row = '<i>deep</i>,model.fusion=deep,5.10,"[5.00, 5.20]",+0.10,"[0.00, 0.20]","1,861,029",a reason\n'
+    places.ablations.write_text(header + row)
+    metrics = report(places, tmp_path / "reports", settings)
+    assert metrics["pretrain_mae.loss"] == 0.81
+    assert metrics["pretrain_mae.probe_after_map"] == 0.625
+    assert metrics["mae_resunet.probe_difference_map_ci_lo"] == 0.3
+    assert metrics["mae_resunet.macs"] == 3_000_000_000
+    page = (tmp_path / "reports" / "report.html").read_text()
+    assert "0.810" in page
+    assert "0.930" in page
+    assert "0.625" in page
+    assert page.count("Filter bank, ") == 3
+    assert "clip&lt;b&gt;" in page
+    assert "1,234,567" in page
+    assert ">1.50<" in page  # times the baseline's multiply-accumulates
+    assert "&lt;i&gt;deep&lt;/i&gt;" in page
+    table = (tmp_path / "reports" / "table1.md").read_text()
+    assert "mae_resunet: features | mae, frozen, pad1024, freq" in table
+    assert "mae_resunet \u2212 resunet" in table
+
+
+def test_without_an_encoder_the_page_says_so(run):
+    page = (run / "report.html").read_text()
+    assert "No masked autoencoder was pretrained" in page
+    assert 'id="ablations"' not in page
 
 
 HOSTILE = "<script>alert(1)</script>\"'`|$\\frac${{ 7*7 }}"

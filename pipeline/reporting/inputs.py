@@ -11,7 +11,18 @@ import pandas as pd
 from jaxtyping import Float
 
 SPLITS = ("train", "eval")
-STAGES = ("scan", "resample", "sed", "mine_anchors", "make_eval_pairs", "train_separator", "evaluate", "report")
+STAGES = (
+    "scan",
+    "resample",
+    "sed",
+    "pretrain_mae",
+    "mine_anchors",
+    "make_eval_pairs",
+    "train_separator",
+    "evaluate",
+    "probe",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,12 @@ def read_curves(summaries: Path, models: list[str]) -> dict[str, pd.DataFrame]:
     """Training curves of the models that were trained here (a published checkpoint has none)."""
     found = {model: summaries / f"train_{model}.csv" for model in models}
     return {model: pd.read_csv(path) for model, path in found.items() if path.is_file()}
+
+
+def read_curve(path: Path, name: str) -> dict[str, pd.DataFrame]:
+    """One training curve under a name; empty where there is none, or nothing in it."""
+    curve = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    return {} if curve.empty else {name: curve}
 
 
 def read_summaries(summaries: Path, names: list[str]) -> dict[str, dict[str, Any] | None]:

@@ -22,12 +22,13 @@ from pydantic import ConfigDict, Field
 
 from pipeline import ontology
 from pipeline.config import Params, load_params
-from pipeline.reporting import charts, page, sounds, tables
+from pipeline.reporting import charts, encoder, page, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
 from pipeline.reporting.inputs import (
     SPLITS,
     SplitData,
     flat_scalars,
+    read_curve,
     read_curves,
     read_pairs,
     read_split,
@@ -94,15 +95,33 @@ class TrainContext(Context):
 
 
 class SeparatorsContext(Context):
-    """`separators:`: which entries there are, in their order. The others are held against the first."""
+    """`separators:` or another mapping: its entries, in their order."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, dict[str, Any]]
+    __pydantic_extra__: dict[str, Any]
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
         """The entries by name."""
         return dict(self.__pydantic_extra__)
+
+
+class MaeContext(Context):
+    """Of `pretrain_mae:`."""
+
+    weights: str | None
+    weights_format: str
+    steps: int
+    model: dict[str, Any]
+
+
+def models_with_features(path: Path) -> dict[str, dict[str, Any]]:
+    """`mae_separators:` by name, each with the settings and the sizes that it points to as its `model`."""
+    entries = load_params("mae_separators", SeparatorsContext, path).entries
+    for name, entry in entries.items():
+        settings, unet = (load_params(entry[key], SeparatorsContext, path).model_dump() for key in ("settings", "unet"))
+        entries[name] = {**entry, "weights": None, "model": {**unet, **settings}}
+    return entries
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,8 @@ class Settings:
     pairs: PairsContext
     eval_pairs: EvalPairsContext
     train: TrainContext
-    separators: dict[str, dict[str, Any]]
+    separators: dict[str, dict[str, Any]]  # with those of `mae_separators:` behind; all are held against the first
+    mae: MaeContext
 
     @classmethod
     def load(cls, path: Path) -> "Settings":
@@ -129,7 +149,8 @@ class Settings:
             load_params("pairs", PairsContext, path),
             load_params("make_eval_pairs", EvalPairsContext, path),
             load_params("train", TrainContext, path),
-            load_params("separators", SeparatorsContext, path).entries,
+            load_params("separators", SeparatorsContext, path).entries | models_with_features(path),
+            load_params("pretrain_mae", MaeContext, path),
         )
 
 
@@ -142,8 +163,11 @@ class Places:
     clips: Path
     anchors: Path
     pairs: Path
+    separators: Path
+    pretrained: Path
     summaries: Path
     timings: Path
+    ablations: Path  # the table that `pipeline.ablations` keeps; it need not be there
     params: Path
     root: Path  # of the checkout
 
@@ -170,6 +194,7 @@ def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables
         tables.Comparison("training steps", f"{settings.train.steps:,}" if trained else "published weights", "600,000"),
         tables.Comparison("batch size", f"{settings.train.batch_size}" if trained else "published weights", "16"),
         tables.Comparison("STFT window", " / ".join(map(str, n_fft)) or "unknown", "1024"),
+        *_feature_comparisons(settings),
         tables.Comparison("gain rule (Eq. 2)", settings.pairs.normalize, "separate as written; at evaluation not said"),
         tables.Comparison(
             "interferer",
@@ -179,6 +204,31 @@ def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables
                 "ontology": "other class, clip without the target's label or its kin",
             }.get(settings.pairs.exclude, settings.pairs.exclude),
             "any other class",
+        ),
+    ]
+
+
+def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
+    """Of the models with features; none where there are no such models."""
+    models = {name: e["model"] for name, e in settings.separators.items() if "fusion" in e.get("model", {})}
+    if not models:
+        return []
+    size = settings.mae.model
+    encoder_is = f"{settings.mae.weights_format}, published" if settings.mae.weights else "pretrained in this run"
+    return [
+        tables.Comparison("A-MAE", encoder_is, "audiomae, published"),
+        tables.Comparison(
+            "A-MAE's encoder",
+            f"{size.get('depth')} layers of {size.get('dim')}" if not settings.mae.weights else "as published",
+            "12 layers of 768",
+        ),
+        *(
+            tables.Comparison(
+                f"{name}: features",
+                f"{m['upstream']}, {'frozen' if m['freeze_mae'] else 'updated'}, {m['mae_input']}, {m['fusion']}",
+                f"mae, {'frozen' if m['freeze_mae'] else 'updated'}, pad1024, freq (input and fusion as we read it)",
+            )
+            for name, m in models.items()
         ),
     ]
 
@@ -297,6 +347,14 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     metrics = summary.metrics
     for split in splits:
         metrics |= split.metrics()
+    configs = encoder.read_configs(places.separators, models)
+    probes = {
+        model: read_summaries(places.summaries, [f"probe_{model}"])[f"probe_{model}"]
+        for model in models
+        if "fusion" in settings.separators[model].get("model", {})
+    }
+    pretraining = read_summaries(places.summaries, ["pretrain_mae"])["pretrain_mae"]
+    metrics |= encoder.encoder_metrics(pretraining, probes, configs)
     metrics = dict(sorted(metrics.items()))
     curves = {model: curve for model, curve in read_curves(places.summaries, models).items() if not curve.empty}
     found = provenance(
@@ -305,6 +363,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     drawings = {
         "class_sdri": charts.class_chart(summary.per_class),
         "training": charts.training_chart(curves),
+        "pretraining": charts.training_chart(read_curve(places.summaries / "pretrain_mae.csv", "A-MAE")),
         "purity": charts.purity_chart({s.split: s.purity for s in splits if s.purity is not None}),
     }
     ours = tables.our_rows(metrics, models, QUERIES)
@@ -335,6 +394,12 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "class_svg": Markup(charts.themed(drawings["class_sdri"], "SDRi by class")),
         "training_svg": Markup(charts.themed(drawings["training"], "Loss by training step")),
         "purity_svg": Markup(charts.themed(drawings["purity"], "Purity of the anchors")),
+        "pretraining_svg": Markup(charts.themed(drawings["pretraining"], "Loss of the masked autoencoder by step")),
+        "pretraining": pretraining,
+        "pictures": encoder.pictures(places.pretrained),
+        "probes": {model: probe for model, probe in probes.items() if probe is not None and probe.get("after")},
+        "costs": encoder.cost_rows(models, configs, read_timings(places.timings)),
+        "ablations": encoder.ablations(places.ablations),
         "training_notes": _training_notes(settings, models, list(curves)),
         "splits": splits,
         "provenance": found,
@@ -370,7 +435,8 @@ def _class_context(per_class: Any, splits: Sequence[SplitData]) -> dict[str, Any
 
 def _stage_context(places: Places, models: Sequence[str]) -> dict[str, Any]:
     names = [f"{stage}_{split}" for stage in ("resample", "mine_anchors", "pairs") for split in SPLITS]
-    names = [*names[:2], "sed", *names[2:], *(f"evaluate_{model}" for model in models)]
+    probes = [f"probe_{m}" for m in models if (places.summaries / f"probe_{m}.json").is_file()]
+    names = [*names[:2], "sed", "pretrain_mae", *names[2:], *(f"evaluate_{model}" for model in models), *probes]
     summaries = read_summaries(places.summaries, names)
     timings = read_timings(places.timings)
     detector = (summaries["sed"] or {}).get("mean_average_precision")
@@ -393,7 +459,7 @@ def _stage_context(places: Places, models: Sequence[str]) -> dict[str, Any]:
 
 def _published(settings: Settings) -> list[str]:
     """File names of the published weights that this run used."""
-    paths = [settings.sed.weights, settings.sed.query_weights]
+    paths = [settings.sed.weights, settings.sed.query_weights, settings.mae.weights]
     paths += [entry.get("weights") for entry in settings.separators.values()]
     return sorted({Path(path).name for path in paths if path is not None})
 
@@ -401,7 +467,7 @@ def _published(settings: Settings) -> list[str]:
 def main() -> None:
     """Paths come from dvc.yaml, numbers from params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("scores", "manifest", "clips", "anchors", "pairs", "summaries", "out"):
+    for name in ("scores", "manifest", "clips", "anchors", "pairs", "separators", "pretrained", "summaries", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
     settings = Settings.load(Path("params.yaml"))
@@ -411,8 +477,11 @@ def main() -> None:
         args.clips,
         args.anchors,
         args.pairs,
+        args.separators,
+        args.pretrained,
         args.summaries,
         timings=Path("data/timings"),  # where runtime.running leaves them
+        ablations=args.out / "ablations.csv",
         params=Path("params.yaml"),
         root=Path("."),
     )

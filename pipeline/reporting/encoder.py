@@ -1,0 +1,119 @@
+"""What the report says of the upstream encoder: its pretraining, what it knows and forgot, and what models cost."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from pipeline.reporting.charts import RANGE_DB, spectrogram_images
+from pipeline.reporting.sounds import data_uri
+
+# Of the normalised filter bank (fbank.py): a unit of it in dB. Told here again, for the report loads no torch.
+DB_PER_UNIT = 2 * 4.5689974 * 10 / float(np.log(10))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One clip: what there was, what the encoder saw of it, what the decoder made of that. Data URIs."""
+
+    clip: str
+    images: list[tuple[str, str]]  # name, URI
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one model costs."""
+
+    model: str
+    numbers: dict[str, int | float]  # parameters, trainable, gmacs, relative_macs, seconds, peak_bytes; what is known
+
+
+def pictures(pretrained: Path) -> list[Picture]:
+    """The reconstructions that stage pretrain_mae kept; none where there are none."""
+    path = pretrained / "reconstructions.npz"
+    if not path.is_file():
+        return []
+    found = []
+    with np.load(path) as stored:
+        names = ("original", "visible", "reconstruction")
+        for i, clip in enumerate(stored["clips"].tolist()):
+            planes = [_plane(stored[name][i].astype(np.float32)) for name in names]
+            uris = [data_uri(image, "image/webp") for image in spectrogram_images(planes)]
+            found.append(Picture(str(clip), list(zip(("original", "20 % of it", "filled in"), uris, strict=True))))
+    return found
+
+
+def _plane(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "mels frames"]:
+    decibels = features.T * DB_PER_UNIT
+    return np.where(np.isnan(decibels), np.nanmax(decibels) - RANGE_DB, decibels)
+
+
+def read_configs(separators: Path, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """config.json of each model's folder; models without one are left out."""
+    paths = {model: separators / model / "config.json" for model in models}
+    return {model: json.loads(path.read_bytes()) for model, path in paths.items() if path.is_file()}
+
+
+def cost_rows(
+    models: Sequence[str], configs: Mapping[str, Mapping[str, Any]], timings: Mapping[str, Mapping[str, int | float]]
+) -> list[CostRow]:
+    """One row per model with a config; multiply-accumulates are relative to the first model's."""
+    rows = []
+    first = configs.get(models[0], {}).get("macs")
+    for model in models:
+        if model not in configs:
+            continue
+        config, taken = configs[model], timings.get(f"train_separator@{model}", {})
+        known = {
+            "n_parameters": config.get("n_parameters"),
+            "n_trainable": config.get("n_trainable"),
+            "gmacs": config["macs"] / 1e9 if config.get("macs") else None,
+            "relative_macs": config["macs"] / first if config.get("macs") and first else None,
+            "seconds": taken.get("seconds"),
+            "peak_bytes": taken.get("peak_rss_bytes"),
+        }
+        rows.append(CostRow(model, {key: value for key, value in known.items() if value is not None}))
+    return rows
+
+
+def encoder_metrics(
+    pretraining: Mapping[str, Any] | None,
+    probes: Mapping[str, Mapping[str, Any] | None],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, int | float]:
+    """The numbers for metrics.json; what was not measured has no key."""
+    metrics: dict[str, int | float] = {}
+    if pretraining is not None:
+        for key in ("loss", "loss_of_mean_patch"):
+            if key in pretraining:
+                metrics[f"pretrain_mae.{key}"] = pretraining[key]
+        for when, found in pretraining.get("probe", {}).items():
+            metrics |= _flat(f"pretrain_mae.probe_{when}", found)
+    for model, probe in probes.items():
+        for when in ("before", "after", "difference"):
+            if probe is not None and probe.get(when):
+                metrics |= _flat(f"{model}.probe_{when}", probe[when])
+    for model, config in configs.items():
+        for key in ("n_parameters", "n_trainable", "macs"):
+            if key in config:
+                metrics[f"{model}.{key}"] = config[key]
+    return metrics
+
+
+def _flat(prefix: str, found: Mapping[str, float]) -> dict[str, int | float]:
+    names = {"mean_average_precision": "map", "ci_lo": "map_ci_lo", "ci_hi": "map_ci_hi"}
+    return {f"{prefix}_{names[key]}": value for key, value in found.items()}
+
+
+def ablations(path: Path) -> list[dict[str, str]]:
+    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none."""
+    if not path.is_file():
+        return []
+    table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=str, keep_default_na=False)
+    return [{str(key): str(value) for key, value in row.items()} for row in table.to_dict("records")]
