@@ -4,10 +4,14 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
-.PHONY: repro test test-fast check format lock benchmarks clean
+.PHONY: repro ablations test test-fast check format lock benchmarks clean
 
 repro: $(READY)  ## the whole graph, from raw audio to reports/report.html
 	dvc repro
+
+ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours
+	python -m pipeline.ablations
+	dvc repro report
 
 test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
 	python -m pytest
@@ -25,7 +29,7 @@ format: $(READY)
 	ruff format .
 
 benchmarks: $(READY)  ## each prints ratios measured in one run
-	for b in resample mining training_step "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
+	for b in resample mining training_step mae upstream_step "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
 
 # Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside.
 $(READY): requirements.txt
@@ -40,5 +44,5 @@ lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for ev
 	  --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 
 clean:  ## what `make repro` made, the cache and the synthetic corpus included; what you put into data/ stays
-	rm -rf data/manifest data/sed data/*/train data/*/eval data/separators/* data/scores/* data/synthetic data/scratch \
+	rm -rf data/manifest data/sed data/mae data/*/train data/*/eval data/separators/* data/scores/* data/synthetic data/scratch \
 	  data/timings .dvc/cache .dvc/tmp

@@ -21,7 +21,7 @@ LAYERS = [
     {"upstreams"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining"},
-    {"stages", "gate"},
+    {"stages", "gate", "ablations"},
 ]
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))

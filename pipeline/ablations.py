@@ -1,0 +1,175 @@
+"""`make ablations`: each ablation as a DVC experiment, and one table of what came of them.
+
+    python -m pipeline.ablations --list      # one line each, to run by hand
+    python -m pipeline.ablations             # run those that are missing, one after the other, and collect
+    python -m pipeline.ablations --collect   # only write reports/ablations.csv and .md
+
+An experiment belongs to a commit: those that this commit has already are not run again, so that the command can be
+killed and called again. Each runs in a copy of the workspace, whose own results stay. `dvc repro report` then shows the
+table in the page.
+"""
+
+import argparse
+import csv
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.reporting.tables import db, interval
+from pipeline.runtime import write_atomic
+
+log = logging.getLogger(__name__)
+
+MODEL, BASELINE = "mae_resunet", "resunet"
+COLUMNS = ("name", "setting", "sdri", "interval", "difference", "difference_interval", "parameters", "why")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One experiment: `settings` are what differs from params.yaml."""
+
+    name: str
+    settings: tuple[str, ...]
+    why: str
+
+    @property
+    def command(self) -> str:
+        """The line that runs it by hand."""
+        return " ".join(["dvc exp run", *(f"-S {setting}" for setting in self.settings)])
+
+
+def _one(name: str, setting: str, why: str) -> Ablation:
+    return Ablation(name, (setting,), why)
+
+
+ABLATIONS = (
+    _one("upstream-none", "model.upstream=none", "the width of the features without features"),
+    _one("upstream-random", "model.upstream=random", "features that know nothing"),
+    _one("upstream-wavlm", "model.upstream=wavlm", "a speech model; random weights unless params.yaml names a folder"),
+    _one("upstream-dasheng", "model.upstream=dasheng", "a general-audio model; random weights unless a file is named"),
+    _one("input-crop", "model.mae_input=crop", "aligned in time"),
+    _one("input-hop35", "model.mae_input=hop35", "aligned, with the paper's shapes"),
+    _one("layers-last3", "model.layers=last3", "as AudioLDM2 takes A-MAE's features"),
+    _one("layers-weighted", "model.layers=weighted", "all layers, frozen"),
+    _one("repeat-tile", "model.repeat=tile", "the other reading of 'repeated 7 times'"),
+    _one("fusion-channel", "model.fusion=channel", "a second channel in place of more columns"),
+    _one("fusion-deep", "model.fusion=deep", "where a row of the U-Net is 16 frames"),
+    _one("fusion-film", "model.fusion=film", "the mean over time, with the query"),
+    _one("fusion-attention", "model.fusion=attention", "looked up at the bottleneck"),
+    _one("fusion-none", "model.fusion=none", "the baseline through the same code"),
+    _one("updated", "model.freeze_mae=false", "the encoder learns, all its layers are used"),
+    Ablation("lora", ("model.freeze_mae=false", "model.lora_rank=8"), "low-rank adapters learn in the encoder"),
+    _one("gains-none", "pairs.normalize=none", "no rescaling of the mixtures"),
+    _one("gains-declip", "pairs.normalize=declip", "only mixtures that clip are rescaled"),
+    _one("gains-separate", "pairs.normalize=separate", "Eq. 2 read literally"),
+)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+def _dvc(*arguments: str) -> str:
+    return _run(sys.executable, "-m", "dvc", *arguments)
+
+
+def finished() -> dict[str, str]:
+    """Git references of the experiments of this commit, by name."""
+    head = _run("git", "rev-parse", "HEAD").strip()
+    prefix = f"refs/exps/{head[:2]}/{head[2:]}/"
+    references = _run("git", "for-each-ref", "--format=%(refname)", prefix).split()
+    return {reference.removeprefix(prefix): reference for reference in references}
+
+
+def run(ablations: Sequence[Ablation]) -> None:
+    """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on."""
+    for ablation in ablations:
+        if ablation.name in finished():
+            log.info("%s: done", ablation.name)
+            continue
+        settings = [part for setting in ablation.settings for part in ("-S", setting)]
+        try:
+            _dvc("exp", "run", "--temp", "--name", ablation.name, *settings)
+        except subprocess.CalledProcessError as error:
+            log.error("%s failed (%d): %s", ablation.name, error.returncode, ablation.command)
+
+
+def row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:
+    """A line of the table from the metrics.json of one experiment."""
+    key = "sdri_class_median_mean"
+    ours = {k.removeprefix(f"{MODEL}.average."): v for k, v in metrics.items() if k.startswith(f"{MODEL}.average.")}
+    versus = f"vs_{BASELINE}."
+    gain = {k.removeprefix(versus): v for k, v in ours.items() if k.startswith(versus)}
+    parameters = metrics.get(f"{MODEL}.n_parameters")
+    return {
+        "name": name,
+        "setting": setting,
+        "sdri": db(ours.get(key)),
+        "interval": interval(ours, key),
+        "difference": db(gain.get(key), signed=True),
+        "difference_interval": interval(gain, key, signed=True),
+        "parameters": "" if parameters is None else f"{parameters:,.0f}",
+        "why": why,
+    }
+
+
+def collect(ablations: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
+    """Write ablations.csv and ablations.md from the finished experiments, the run as it stands first."""
+    rows = []
+    if (reports / "metrics.json").is_file():
+        rows.append(row("as it stands", "", "", json.loads((reports / "metrics.json").read_bytes())))
+    references = finished()
+    for ablation in ablations:
+        if ablation.name in references:
+            metrics = json.loads(_run("git", "show", f"{references[ablation.name]}:{reports / 'metrics.json'}"))
+            rows.append(row(ablation.name, " ".join(ablation.settings), ablation.why, metrics))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(reports / "ablations.csv", text.getvalue())
+    lines = [
+        "# Ablations",
+        "",
+        f"{MODEL}, average query, dB; the difference is to {BASELINE} of the same experiment.",
+        "",
+    ]
+    lines += ["| experiment | setting | SDRi | difference | parameters | why |", "|" + " --- |" * 6]
+    for r in rows:
+        cells = [r["name"], f"`{r['setting']}`" if r["setting"] else "", f"{r['sdri']} {r['interval']}"]
+        cells += [f"{r['difference']} {r['difference_interval']}", r["parameters"], r["why"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    write_atomic(reports / "ablations.md", "\n".join(lines) + "\n")
+    return rows
+
+
+def main() -> None:
+    """See the module."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--collect", action="store_true", help="only write the tables")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
+    args = parser.parse_args()
+    unknown = set(args.only or ()) - {ablation.name for ablation in ABLATIONS}
+    if unknown:
+        parser.error(f"no ablation {sorted(unknown)}; there are {[ablation.name for ablation in ABLATIONS]}")
+    chosen = [ablation for ablation in ABLATIONS if not args.only or ablation.name in args.only]
+    if args.list:
+        for ablation in chosen:
+            print(f"{ablation.command:<70}# {ablation.why}")
+        return
+    if not args.collect:
+        run(chosen)
+    for found in collect(ABLATIONS, Path("reports")):
+        log.info("%s", " ".join(found[key] for key in COLUMNS[:-1]))
+
+
+if __name__ == "__main__":
+    main()
