@@ -29,7 +29,7 @@ format: $(READY)
 	ruff format .
 
 benchmarks: $(READY)  ## each prints ratios measured in one run
-	for b in resample mining training_step mae upstream_step "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
+	for b in resample mining training_step mae upstream_step mixit favor "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
 
 # Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside.
 $(READY): requirements.txt
@@ -44,5 +44,5 @@ lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for ev
 	  --no-emit-find-links --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 
 clean:  ## what `make repro` made, the cache and the synthetic corpus included; what you put into data/ stays
-	rm -rf data/manifest data/sed data/mae data/*/train data/*/eval data/separators/* data/scores/* data/synthetic data/scratch \
-	  data/timings .dvc/cache .dvc/tmp
+	rm -rf data/manifest data/sed data/mae data/performer data/*/train data/*/eval data/separators/* data/scores/* \
+	  data/mixit/* data/mixit_scores/* data/music/index data/music/synthetic data/synthetic data/scratch data/timings .dvc/cache .dvc/tmp

@@ -344,14 +344,15 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def running(stage: str, out: Path) -> Iterator[None]:
+def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     """Run a stage: logging on, alone on `out`, ended by SIGTERM or its parent's death as by an exception.
 
     Raises AlreadyRunning, naming the other process, when another one works on `out`. Writes what the stage took to
     data/timings/<stage>.json once it has succeeded: seconds, and the peak memory of this process and of its largest
-    child in bytes.
+    child in bytes, and what the stage adds to the mapping that it is given.
     """
     _check_name(stage)
+    told: dict[str, float] = {}
     log_to_stderr()
     locks = _root() / "data" / "scratch" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -362,7 +363,7 @@ def running(stage: str, out: Path) -> Iterator[None]:
     start = time.monotonic()
     try:
         with _ended_by_signals():
-            yield
+            yield told
     finally:
         for held in set(_held) - before:
             _release(held, delete=held == lock or not held.with_suffix("").exists())
@@ -372,7 +373,7 @@ def running(stage: str, out: Path) -> Iterator[None]:
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     timing = {"seconds": round(seconds, 3), "peak_rss_bytes": peak, "peak_rss_child_bytes": peak_child}
-    write_json(Path("data") / "timings" / f"{stage}.json", timing)
+    write_json(Path("data") / "timings" / f"{stage}.json", timing | told)
     logger.info("%s: %.1f s, %.0f MB", stage, seconds, peak / 1e6)
 
 

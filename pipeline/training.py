@@ -11,7 +11,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -57,7 +59,7 @@ def learning_rate_factor(
     return factor
 
 
-def prefetch(load: Callable[[int], T], steps: range, depth: int = 4) -> Iterator[T]:
+def prefetch(load: Callable[[int], T], steps: range, depth: int = 4) -> Generator[T]:
     """`load(n)` for each n in order, read ahead by one thread. An error in `load` is raised here."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -93,6 +95,28 @@ def prefetch(load: Callable[[int], T], steps: range, depth: int = 4) -> Iterator
         thread.join()
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Early stopping: `loss()` is asked every so many steps and after the last; the weights of the lowest are kept.
+
+    After `patience` times without a new lowest, training ends; 0 never ends it.
+    """
+
+    loss: Callable[[], float]
+    every_steps: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a training went."""
+
+    steps: int
+    best_step: int  # the step whose weights the model has; the last one where nothing validates
+    best_validation: float | None
+    seconds_per_step: float | None  # of the steps taken by this process, validation apart; None: it took none
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -108,81 +132,127 @@ def fit(
     curve: Path,
     log_every_steps: int,
     checkpoint_every_seconds: float,
-) -> None:
+    validation: Validation | None = None,
+    before_step: Callable[[int], None] = lambda n: None,
+) -> Fitted:
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
     `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate; a group with `start_step` does not move before that step. FloatingPointError
-    when loss or gradient is not finite, naming the step and `describe(n)`. `scratch` must belong to this run alone (see
-    `runtime.fingerprint`): its checkpoint is trusted.
+    of each parameter group's own rate; a group with `start_step` does not move before that step. `before_step(n)` may
+    change the model as a function of n, at every step. With `validation` the curve has one more column, and the model
+    ends with its best weights. FloatingPointError when loss or gradient is not finite, naming the step and
+    `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = scratch / "checkpoint.pt"
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    columns = ["step", "loss", "gradient_norm", "learning_rate", *(["validation"] if validation else [])]
     step, rows = 0, list[dict[str, float]]()
+    best: dict[str, Any] = {"step": 0, "loss": None, "model": None, "worse": 0}
     window: list[tuple[float, float]] = []  # (loss, gradient norm) of the steps since the last row
+    spent = 0.0  # seconds, on validation
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, rows, window = state["step"], state["rows"], state["window"]
+        step, rows, window, best = state["step"], state["rows"], state["window"], state["best"]
         log.info("resumed at step %d of %d", step, steps)
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         buffer = io.BytesIO()
-        torch.save({**state, "step": step, "rows": rows, "window": window}, buffer)
+        torch.save({**state, "step": step, "rows": rows, "window": window, "best": best}, buffer)
         write_atomic(checkpoint, buffer.getvalue())
+
+    def validate(step: int) -> float:
+        nonlocal best, spent
+        assert validation is not None
+        began = time.monotonic()
+        model.eval()
+        found = validation.loss()
+        model.train()
+        if best["loss"] is None or found < best["loss"]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            best = {"step": step, "loss": found, "model": weights, "worse": 0}
+        else:
+            best = {**best, "worse": best["worse"] + 1}
+        spent += time.monotonic() - began
+        return found
+
+    def exhausted() -> bool:
+        return validation is not None and 0 < validation.patience <= best["worse"]
 
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     first, started, saved, said = step, time.monotonic(), time.monotonic(), time.monotonic()
     bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step", leave=False)
-    for n, batch in zip(range(step, steps), prefetch(load, range(step, steps)), strict=True):
-        torch.manual_seed((seed << 32) + n)
-        factor = learning_rate(n)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(batch)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
-        value.backward()  # type: ignore[no-untyped-call]
-        for group in optimizer.param_groups:
-            if n < group.get("start_step", 0):
-                for parameter in group["params"]:
-                    parameter.grad = None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")
-        if gradient_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip, norm)
-        optimizer.step()
-        window.append((value.item(), norm.item()))
-        bar.update()
-        if (n + 1) % log_every_steps == 0 or n + 1 == steps:
-            loss_mean, norm_mean = (sum(column) / len(window) for column in zip(*window, strict=True))
-            row = {
-                "step": n + 1,
-                "loss": loss_mean,
-                "gradient_norm": norm_mean,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-            }
-            rows.append(row)
-            window.clear()
-            bar.set_postfix(loss=f"{row['loss']:.4g}")
-            if bar.disable and (time.monotonic() - said > 30 or n + 1 == steps):
-                said = time.monotonic()
-                rate = (n + 1 - first) / (said - started)
-                log.info("step %d of %d: loss %.4g, %.2f steps/s", n + 1, steps, row["loss"], rate)
-        if time.monotonic() - saved > checkpoint_every_seconds and n + 1 < steps:
-            save(n + 1)
-            saved = time.monotonic()
+    with closing(prefetch(load, range(step, steps))) as batches:
+        for n, batch in enumerate(batches, start=step):
+            if exhausted():
+                break
+            before_step(n)
+            torch.manual_seed((seed << 32) + n)
+            factor = learning_rate(n)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(batch)
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
+            value.backward()  # type: ignore[no-untyped-call]
+            for group in optimizer.param_groups:
+                if n < group.get("start_step", 0):
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")
+            if gradient_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip, norm)
+            optimizer.step()
+            window.append((value.item(), norm.item()))
+            bar.update()
+            validated = validate(n + 1) if validation and _due(n + 1, validation.every_steps, steps) else None
+            if validated is not None or _due(n + 1, log_every_steps, steps):
+                loss_mean, norm_mean = (sum(column) / len(window) for column in zip(*window, strict=True))
+                row = {
+                    "step": n + 1,
+                    "loss": loss_mean,
+                    "gradient_norm": norm_mean,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                }
+                if validated is not None:
+                    row["validation"] = validated
+                rows.append(row)
+                window.clear()
+                bar.set_postfix(loss=f"{row['loss']:.4g}")
+                if bar.disable and (time.monotonic() - said > 30 or n + 1 == steps):
+                    said = time.monotonic()
+                    rate = (n + 1 - first) / (said - started)
+                    log.info("step %d of %d: loss %.4g, %.2f steps/s", n + 1, steps, row["loss"], rate)
+            step = n + 1
+            if time.monotonic() - saved > checkpoint_every_seconds and n + 1 < steps:
+                save(n + 1)
+                saved = time.monotonic()
     bar.close()
+    taken = time.monotonic() - started - spent
+    if best["model"] is not None:
+        model.load_state_dict(best["model"])
+        log.info("step %d has the lowest validation loss, %.4g, of %d steps", best["step"], best["loss"], step)
     model.eval()
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", "loss", "gradient_norm", "learning_rate"], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
     write_atomic(curve, text.getvalue())
+    return Fitted(
+        steps=step,
+        best_step=step if best["loss"] is None else best["step"],
+        best_validation=best["loss"],
+        seconds_per_step=taken / (step - first) if step > first else None,
+    )
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps

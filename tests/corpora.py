@@ -1,9 +1,11 @@
-"""Directories as the stages write them, small: clips with tones of known class, and anchors cut from them."""
+"""Directories as the stages write them, small: clips with tones of known class, anchors cut from them, and songs."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 from pipeline import anchors, ontology, shards
 
@@ -81,3 +83,62 @@ def write_anchors(
     )
     shards.write_index(directory)
     return directory
+
+
+def write_sounds(
+    directory: Path,
+    sounds: Sequence[tuple[str, int, Sequence[int]]],
+    *,
+    seconds: float = 0.25,
+    sample_rate: int = 8000,
+    seed: int = 0,
+) -> Path:
+    """An anchors directory of (clip, class index, indices of all classes that the clip is labelled with).
+
+    An anchor is a tone of its class' pitch in noise, all of them at levels of their own. Queries are zeros.
+    """
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    present = sorted({index for _, index, _ in sounds})
+    samples, rows = [], []
+    for clip_id, index, labels in sounds:
+        pitch = sample_rate / 2 * (present.index(index) + 1) / (len(present) + 1)
+        waveform = rng.uniform(0.05, 0.5) * np.sin(2 * np.pi * pitch * time + rng.uniform(0, 6))
+        waveform += 0.01 * rng.standard_normal(len(time))
+        pcm, query = np.rint(32767 * waveform.clip(-1, 1)).astype(np.int16), np.zeros(1, np.float32)
+        key, mids = anchors.anchor_key(clip_id, index), [ontology.classes()[label].mid for label in labels]
+        samples.append((key, {"wav": shards.encode_wav(pcm, sample_rate), "npy": shards.encode_array(query)}))
+        rows.append(
+            {
+                "anchor": key, "clip_id": clip_id, "class_index": index, "mid": ontology.classes()[index].mid,
+                "labels": ";".join(mids), "onset_seconds": 0.0, "score": 0.9, "purity": 0.9,
+                "energy": float(np.mean(waveform**2)), "peak": float(abs(waveform).max()),
+                "shard": "anchors-00000.tar", "sha256": "",
+            }
+        )  # fmt: skip
+    place = {(m.key, m.ext): m for m in shards.write_shard(directory / "anchors-00000.tar", samples)}
+    for row in rows:
+        wav, query = place[row["anchor"], "wav"], place[row["anchor"], "npy"]
+        row |= {"wav_offset": wav.offset, "wav_size": wav.size, "query_offset": query.offset, "query_size": query.size}
+    sizes = {"sample_rate": sample_rate, "segment_samples": len(time), "query_dim": 1}
+    anchors.write_index(directory, rows, **sizes, empty_classes=[])
+    shards.write_index(directory)
+    return directory
+
+
+def write_songs(root: Path, n_tracks: int, *, seconds: float = 2.0, sample_rate: int = 8000, seed: int = 0) -> Path:
+    """Music for source `folder`: tracks of three stems that a filter tells apart, a low tone, a high one, and noise."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    for number in range(n_tracks):
+        tones = {"bass": rng.uniform(100, 300), "vocals": rng.uniform(1000, 1800)}
+        stems = {name: 0.3 * np.sin(2 * np.pi * hertz * time) for name, hertz in tones.items()}
+        # Hits: noise without its low half, four times a second.
+        noise = np.diff(rng.standard_normal(len(time)), n=2, prepend=[0, 0])
+        stems["drums"] = 0.1 * noise * np.exp(-20 * (time % 0.25))
+        for name, waveform in stems.items():
+            path = root / f"song{number}" / f"{name}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, waveform.clip(-1, 1), sample_rate, subtype="PCM_16")
+    return root

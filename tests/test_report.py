@@ -197,6 +197,7 @@ def places_of(root):
         root / "reports" / "ablations.csv",
         root / "params.yaml",
         root,
+        data / "mixit_scores",
     )
 
 

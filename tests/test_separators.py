@@ -25,7 +25,22 @@ TINY = {
     },
 }
 
-each_separator = pytest.mark.parametrize("name", separators.names())
+# Of those without queries.
+TINY_BLIND = {
+    "performer": {
+        **{"n_sources": 3, "front_end": "stft", "norm": "none", "n_fft": 128, "hop_length": 32, "patch_frames": 1},
+        **{"dim": 16, "depth": 1, "heads": 2, "mlp_ratio": 2.0, "dropout": 0.0, "attention": "favor", "n_features": 16},
+        **{"stabiliser": "full", "eps": 1e-8, "qk_norm": True, "recompute": False},
+        **{"mask_activation": "softmax", "consistency": "none"},
+    },
+    "conv_tasnet": {
+        **{"n_sources": 3, "window_samples": 16, "n_filters": 16, "bottleneck": 8, "hidden": 16, "layers": 2},
+        **{"stacks": 1, "mask_activation": "softmax", "consistency": "uniform", "recompute": False},
+    },
+}
+
+each_separator = pytest.mark.parametrize("name", [name for name in separators.names() if separators.takes_query(name)])
+each_blind_separator = pytest.mark.parametrize("name", [n for n in separators.names() if not separators.takes_query(n)])
 
 
 def tiny(name, seed=0):
@@ -42,8 +57,51 @@ def relative(estimate, reference):
 
 
 def test_an_unknown_separator_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no separator 'resnet'; there are \['mae_resunet', 'resunet'"):
+    with pytest.raises(
+        ValueError, match=r"no separator 'resnet'; there are \['conv_tasnet', 'mae_resunet', 'performer', 'resunet'"
+    ):
         separators.build("resnet", query_dim=1)
+
+
+def tiny_blind(name, seed=0):
+    torch.manual_seed(seed)
+    return separators.build(name, sample_rate=8000, **TINY_BLIND[name])
+
+
+@each_blind_separator
+@pytest.mark.parametrize("samples", [1, 64, 65, 999, 4097])
+def test_without_a_query_all_sources_come_at_once_and_add_up_to_the_mixture(name, samples):
+    mixture = randn(2, samples)
+    separator = tiny_blind(name).eval()
+    estimates, masks = separator.separate(mixture)
+    assert estimates.shape == (2, 3, samples)
+    assert masks.shape[:2] == (2, 3)
+    assert masks.ndim == 4
+    torch.testing.assert_close(estimates.sum(dim=1), mixture, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(separator(mixture), estimates)
+
+
+@each_blind_separator
+def test_without_a_query_every_parameter_gets_a_gradient(name):
+    separator = tiny_blind(name)
+    separator(randn(2, 3000))[:, 0].square().mean().backward()
+    assert [n for n, p in separator.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@each_blind_separator
+def test_without_a_query_silence_is_silent_and_has_finite_gradients(name):
+    separator = tiny_blind(name)
+    estimates = separator(torch.zeros(2, 3000))
+    estimates.abs().mean().backward()
+    assert estimates.abs().max() < 1e-6
+    assert [n for n, p in separator.named_parameters() if p.grad is not None and not p.grad.isfinite().all()] == []
+
+
+@each_blind_separator
+def test_its_params_are_its_arguments_but_the_rate_of_the_data(name):
+    params = separators.model_params(name)
+    assert "sample_rate" not in params.model_fields
+    assert params(**TINY_BLIND[name]).model_dump() == TINY_BLIND[name]
 
 
 @each_separator

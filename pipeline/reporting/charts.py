@@ -8,7 +8,8 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours, told apart also with colour-blind eyes.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -49,6 +51,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": PAPER,
     "legend.frameon": False,
 }
+LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")  # the seventh series has the first one's colour again
 MAX_NAMED_CLASSES = 60  # more rows than this and the names no longer fit: a profile of ranks is drawn instead
 
 
@@ -99,33 +102,115 @@ def class_chart(per_class: pd.DataFrame) -> str:
 
 
 def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
-    """Loss (every logged value faint, running median bold) and learning rate against the step, per model."""
+    """Loss against the step, per model: every logged value faint, running median bold, dots for `validation`."""
+    # A path of 60,000 points would weigh megabytes; 400 are more than the eye resolves here.
+    n_points = 400 if len(curves) <= 4 else 1600 // len(curves)
+    validated = False
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.2 + 0.18 * max(0, len(curves) // 2 - 2)), layout="constrained")
         axes = figure.add_subplot()
         drawn = 0
         for i, (model, curve) in enumerate(curves.items()):
             if curve.empty or not {"step", "loss"} <= set(curve.columns):
                 continue
             colour, drawn = SERIES[i % len(SERIES)], drawn + 1
-            # A path of 60,000 points would weigh megabytes; 400 are more than the eye resolves here.
-            thin = curve.iloc[:: max(1, len(curve) // 400)]
+            thin = curve.iloc[:: max(1, len(curve) // n_points)]
             smooth = curve["loss"].rolling(max(1, len(curve) // 25), center=True, min_periods=1).median()
             axes.plot(thin["step"], thin["loss"], color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(thin["step"], smooth.loc[thin.index], color=colour, linewidth=1.6, label=plain(model))
+            axes.plot(thin["step"], smooth.loc[thin.index], _dash(i), color=colour, linewidth=1.6, label=plain(model))
+            if "validation" in curve and (held := curve.dropna(subset=["validation"])).size:
+                axes.plot(held["step"], held["validation"], "o", color=colour, markersize=3.5)
+                validated = True
         if drawn == 0:
             _nothing(axes, "no training curve")
         else:
-            if min(float(c["loss"].min()) for c in curves.values() if "loss" in c and len(c)) > 0:
+            if min(float(c[k].min()) for c in curves.values() for k in ("loss", "validation") if _any(c, k)) > 0:
                 axes.set_yscale("log")
                 # Plain numbers at 1, 2 and 5 of each decade: matplotlib's own labels are formulas.
                 axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("optimizer step")
-            axes.set_ylabel("loss")
+            axes.set_ylabel("loss (dots: validation)" if validated else "loss")
             _legend_above(axes, drawn)
         return _svg(figure)
+
+
+def _any(curve: pd.DataFrame, column: str) -> bool:
+    return column in curve and bool(curve[column].notna().any())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model at one length of segments, with its interval; a value of None is one that ran out of memory."""
+
+    series: str
+    seconds: float
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def length_chart(panels: Mapping[str, Sequence[Point]]) -> str:
+    """One panel per quantity, side by side: values against the length of the segments, a line per series."""
+    series = list(dict.fromkeys(point.series for points in panels.values() for point in points))
+    lengths = sorted({point.seconds for points in panels.values() for point in points})
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 2.8 + 0.18 * ((len(series) + 1) // 2)), layout="constrained")
+        for column, (title, points) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), column + 1)
+            if not points:
+                _nothing(axes, "no numbers")
+                axes.set_title(title)
+                continue
+            for i, name in enumerate(series):
+                own = sorted((p for p in points if p.series == name), key=lambda p: p.seconds)
+                _length_line(axes, own, i, 1.025 ** (i - (len(series) - 1) / 2))
+            axes.axhline(0, color=MUTED, linewidth=0.9)
+            if all((p.value or 0) >= 0 and (p.low or 0) >= 0 for p in points):
+                axes.set_ylim(bottom=0)
+            axes.set_xscale("log")
+            axes.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
+            axes.set_xticks(lengths, [f"{seconds:g}" for seconds in lengths])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_title(title)
+            axes.set_xlabel("length of a segment, s")
+        handles = [
+            Line2D([], [], color=SERIES[i % len(SERIES)], linestyle=_dash(i), marker="o", markersize=4.5)
+            for i in range(len(series))
+        ]
+        if handles:
+            figure.legend(
+                handles, [plain(name) for name in series], loc="outside upper left", ncols=2, handlelength=2.4
+            )
+        return _svg(figure)
+
+
+def _length_line(axes: Axes, points: Sequence[Point], i: int, shift: float) -> None:
+    """One series; `shift` moves it aside, so that equal values of two series can be told apart."""
+    colour = SERIES[i % len(SERIES)]
+    measured = [p for p in points if p.value is not None]
+    axes.plot(
+        [p.seconds * shift for p in measured],
+        [float(p.value or 0) for p in measured],
+        _dash(i),
+        marker="o",
+        markersize=4.5,
+        color=colour,
+        linewidth=1.4,
+    )
+    for p in measured:
+        if p.low is not None and p.high is not None:
+            axes.vlines(p.seconds * shift, p.low, p.high, color=colour, linewidth=1.4, alpha=0.55)
+    for p in points:
+        if p.value is None:
+            over = axes.get_xaxis_transform()  # x in seconds, y from the bottom to the top of the panel
+            axes.plot([p.seconds * shift], [0.95], "x", color=colour, markersize=7, transform=over)
+            axes.text(p.seconds * shift, 0.87, "out of memory", color=MUTED, ha="center", fontsize=7.5, transform=over)
+
+
+def _dash(i: int) -> Literal["-", "--", ":"]:
+    return LINES[i // len(SERIES) % len(LINES)]
 
 
 def purity_chart(purity: Mapping[str, Float[np.ndarray, " anchors"]]) -> str:

@@ -21,6 +21,10 @@ STAGES = (
     "train_separator",
     "evaluate",
     "probe",
+    "index_music",
+    "pretrain_performer",
+    "train_mixit",
+    "evaluate_mixit",
     "report",
 )
 
@@ -164,8 +168,8 @@ def read_timings(timings: Path) -> dict[str, dict[str, int | float]]:
     """Seconds and peak memory of every stage's last run that succeeded, by stage, in the order of the graph."""
 
     def order(path: Path) -> tuple[int, str]:
-        known = [i for i, stage in enumerate(STAGES) if path.stem.startswith(stage)]
-        return (known[0] if known else len(STAGES), path.stem)
+        known = [stage for stage in STAGES if path.stem.startswith(stage)]
+        return (STAGES.index(max(known, key=len)) if known else len(STAGES), path.stem)
 
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(timings.glob("*.json"), key=order)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 QUERIES = ("average", "oracle")
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: it names files
 KEYS = ["pair", "class_index", "mid", "target_clip", "interferer_class_index", "query"]
 REQUIRED = ["sdr_mixture", "sdr_half", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
 OPTIONAL = ["bss_sdr_mixture", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar"]  # evaluate.bss may be off
@@ -38,7 +39,7 @@ def read_scores(scores: Path, models: Sequence[str], pairs: pd.DataFrame | None 
 
 
 def _read(path: Path, model: str) -> pd.DataFrame:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", model):
+    if not NAME.fullmatch(model):
         raise ValueError(f"a model may be named with letters, digits, _ and -: not {model!r}")
     if not path.is_file():
         raise ValueError(f"{model} has no scores: {path} does not exist")

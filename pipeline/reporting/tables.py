@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 AVERAGE = "average"
 MINUS, DASH = "\u2212", "\u2013"
 HALF_MIXTURE = "half of the mixture, nothing separated"
+UNSUPERVISED = "unsupervised, best assignment"
+BEST_ASSIGNMENT = (
+    f"{UNSUPERVISED}: the model has no query, and of the ways to sort its outputs the one that fits the references "
+    "best is taken. Nobody who separates has those: an upper bound, and no competitor of a query."
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,15 @@ PAPER = (
 )
 
 
-def our_rows(metrics: Mapping[str, int | float], models: Sequence[str], queries: Sequence[str]) -> list[Row]:
-    """One row per model and query that has numbers, in this order; then what half of the mixture scores."""
+def our_rows(
+    metrics: Mapping[str, int | float],
+    models: Sequence[str],
+    queries: Sequence[str],
+    unsupervised: Sequence[str] = (),
+) -> list[Row]:
+    """One row per model and query that has numbers, in this order; those of the separators without queries
+    that were scored on the same pairs; then what half of the mixture scores.
+    """
     rows = []
     for model in models:
         for query in queries:
@@ -62,6 +74,12 @@ def our_rows(metrics: Mapping[str, int | float], models: Sequence[str], queries:
             numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
             if numbers:
                 rows.append(Row(model, query, numbers))
+    for name in unsupervised:
+        prefix = f"mixit.{name}.pairs_"
+        numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        if numbers:
+            n_pairs = {"n_pairs": metrics[f"mixit.{name}.n_pairs"]} if f"mixit.{name}.n_pairs" in metrics else {}
+            rows.append(Row(f"{name} ({UNSUPERVISED})", DASH, numbers | n_pairs))
     half = "half_mixture."
     numbers = {key.removeprefix(half): value for key, value in metrics.items() if key.startswith(half)}
     if numbers:
@@ -122,7 +140,7 @@ def table1_markdown(
         "in brackets the 95 % interval.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         ["", "query", *COLUMNS.values()],
         [[row.system, row.query, *(cell(row, column) for column in COLUMNS)] for row in ours]
         + [[f"paper: {row.system}", row.query, *(cell(row, column) for column in COLUMNS)] for row in PAPER],
@@ -130,7 +148,7 @@ def table1_markdown(
     if differences:
         lines += ["", "## Differences, paired by pair", ""]
         key = "sdri_class_median_mean"
-        lines += _table(
+        lines += markdown_table(
             ["", "query", "Δ SDRi", "Δ SDRi, mean of means", "Wilcoxon p over classes", "classes better / worse"],
             [
                 [
@@ -146,25 +164,26 @@ def table1_markdown(
             ],
         )
     lines += ["", "## Comparability", ""]
-    lines += _table(
+    lines += markdown_table(
         ["", "here", "paper", ""],
         [[c.what, c.ours, c.paper, "same" if c.same else "**differs**"] for c in comparisons],
         escape_last=False,
     )
     if notes:
-        lines += ["", *(f"- {_escape(note)}" for note in notes)]
+        lines += ["", *(f"- {escape(note)}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape_last: bool = True) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape_last: bool = True) -> list[str]:
+    """The lines of a table; cells are escaped."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
-        cells = [_escape(text) if escape_last or i + 1 < len(row) else text for i, text in enumerate(row)]
+        cells = [escape(text) if escape_last or i + 1 < len(row) else text for i, text in enumerate(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Names are data: none may open a cell, code or a tag."""
     for character in "\\`*<>|":
         text = text.replace(character, f"\\{character}")

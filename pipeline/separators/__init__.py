@@ -2,7 +2,13 @@
 
 A query separator maps (mixture (batch, time), query (batch, query_dim)) to the queried source, (batch, time), at
 32 kHz and for any number of samples. Each file defines `Separator(query_dim=..., **model)`, with `model` the entry's
-`model:` mapping of params.yaml. tests/test_separators.py holds every file here to that.
+`model:` mapping of params.yaml.
+
+One without queries (`Separator.takes_query = False`) maps mixture (batch, time) to all sources, (batch, sources, time),
+in no order, at the rate that it is told: `Separator(sample_rate=..., n_sources=..., **model)`. Its
+`separate(mixture)` gives (sources, masks (batch, sources, bins, frames)).
+
+tests/test_separators.py holds every file here to that.
 """
 
 import inspect
@@ -30,8 +36,16 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return separator
 
 
+def takes_query(name: str) -> bool:
+    """Whether it separates what it is asked for; otherwise it gives all sources at once. ValueError as in `build`."""
+    if name not in names():
+        raise ValueError(f"no separator {name!r}; there are {names()}")
+    return bool(getattr(import_module(f"{__name__}.{name}").Separator, "takes_query", True))
+
+
 def model_params(name: str) -> type[Params]:
-    """What `model:` of an entry must say: every argument of the file's Separator but query_dim, with its type.
+    """What `model:` of an entry must say: every argument of the file's Separator, with its type, but query_dim and
+    sample_rate, which the data decide.
 
     A file with `Settings` takes its sizes from another entry, and says the rest there.
     """
@@ -43,7 +57,7 @@ def model_params(name: str) -> type[Params]:
     fields: dict[str, Any] = {
         a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
         for a in arguments
-        if a.name not in ("self", "query_dim")
+        if a.name not in ("self", "query_dim", "sample_rate")
     }
     return create_model(f"{name}.model", __base__=Params, **fields)
 

@@ -1,18 +1,19 @@
 """Stage report: the numbers of the run, and one page to look at and listen to.
 
-metrics.json (flat, for `dvc metrics` and the gates), per_class.csv, table1.md, three drawings, provenance.json and
-report.html, which needs no other file and no network. All are made from one set of numbers. The same inputs give the
-same bytes; only what names the run (provenance.json, and timings in report.html) may differ.
+metrics.json (flat, for `dvc metrics` and the gates), per_class.csv, table1.md, four drawings, provenance.json and
+report.html, which needs no other file and no network; where params.yaml has separators without queries
+(`mixit_music:`, `mixit_anchors:`), also mixit.md and three drawings of them. All are made from one set of numbers.
+The same inputs give the same bytes; only what names the run (provenance.json, and timings in report.html) may differ.
 """
 
 import argparse
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import soundfile
@@ -22,7 +23,7 @@ from pydantic import ConfigDict, Field
 
 from pipeline import ontology
 from pipeline.config import Params, load_params
-from pipeline.reporting import charts, encoder, page, sounds, tables
+from pipeline.reporting import charts, encoder, music, page, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
 from pipeline.reporting.inputs import (
     SPLITS,
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 # Of report.html, which shall be fit to lie in git. Examples are left out to keep it; the first one always stays.
 MAX_PAGE_BYTES = 890_000
+MUSIC_SHARE = 0.25  # of what is left for sounds, kept for the unsupervised separators where they have any
 
 
 class ReportParams(Params):
@@ -115,6 +117,25 @@ class MaeContext(Context):
     model: dict[str, Any]
 
 
+class MusicContext(Context):
+    """Of `music:`."""
+
+    source: str
+
+
+P = TypeVar("P", bound=Context)
+
+
+def load_optional(section: str, cls: type[P], path: Path) -> P | None:
+    """A section of params.yaml, or None where there is no such section."""
+    try:
+        return load_params(section, cls, path)
+    except ValueError as error:
+        if f"no section {section!r}" not in str(error):
+            raise
+        return None
+
+
 def models_with_features(path: Path) -> dict[str, dict[str, Any]]:
     """`mae_separators:` by name, each with the settings and the sizes that it points to as its `model`."""
     entries = load_params("mae_separators", SeparatorsContext, path).entries
@@ -137,10 +158,19 @@ class Settings:
     train: TrainContext
     separators: dict[str, dict[str, Any]]  # with those of `mae_separators:` behind; all are held against the first
     mae: MaeContext
+    mixit: dict[str, dict[str, Any]] | None  # `mixit_music:`, `mixit_anchors:`; None where params.yaml has neither
+    music: str | None  # where the music comes from
 
     @classmethod
     def load(cls, path: Path) -> "Settings":
         """Read params.yaml; ValueError names what does not fit."""
+        mixit = {data: load_optional(f"mixit_{data}", SeparatorsContext, path) for data in ("music", "anchors")}
+        without_query = {
+            name: {**entry, "data": data}
+            for data, section in mixit.items()
+            for name, entry in (section.entries if section is not None else {}).items()
+        }
+        music_params = load_optional("music", MusicContext, path)
         return cls(
             load_params("report", ReportParams, path),
             load_params("gate", GateParams, path).bounds,
@@ -151,6 +181,8 @@ class Settings:
             load_params("train", TrainContext, path),
             load_params("separators", SeparatorsContext, path).entries | models_with_features(path),
             load_params("pretrain_mae", MaeContext, path),
+            without_query if any(section is not None for section in mixit.values()) else None,
+            None if music_params is None else music_params.source,
         )
 
 
@@ -170,6 +202,7 @@ class Places:
     ablations: Path  # the table that `pipeline.ablations` keeps; it need not be there
     params: Path
     root: Path  # of the checkout
+    mixit_scores: Path  # of the separators without queries; it need not be there
 
 
 def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables.Comparison]:
@@ -273,21 +306,9 @@ def _example(scores: Path, by_model: dict[str, dict[int, dict[str, Any]]], pair:
             name = f"{query} query" if len(by_model) == 1 else f"{model}, {query} query"
             sdri = items[pair].get(query, {}).get("sdri")
             waveforms.append((name, f"SDRi {tables.db(sdri, signed=True)} dB", waveform))
-    images = charts.spectrogram_images([charts.log_spectrogram(w, rate) for _, _, w in waveforms])
-    panels = []
-    for (name, caption, waveform), image in zip(waveforms, images, strict=True):
-        gain = sounds.listening_gain(waveform)
-        panels.append(
-            page.Sound(
-                name,
-                sounds.data_uri(image, "image/webp"),
-                sounds.data_uri(sounds.encode(waveform * np.float32(gain), rate), "audio/mpeg"),
-                20 * float(np.log10(gain)),
-                caption,
-            )
-        )
     seconds = len(waveforms[0][2]) / rate
-    return page.Example(pair, str(item["class_name"]), str(item["interferer_class_name"]), seconds, panels), rate
+    names = str(item["class_name"]), str(item["interferer_class_name"])
+    return page.Example(pair, *names, seconds, page.panels(waveforms, rate)), rate
 
 
 def _read(path: Path) -> tuple[Float[np.ndarray, " time"], int]:
@@ -355,6 +376,12 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     }
     pretraining = read_summaries(places.summaries, ["pretrain_mae"])["pretrain_mae"]
     metrics |= encoder.encoder_metrics(pretraining, probes, configs)
+    timings = read_timings(places.timings)
+    unsupervised = music.read_entries(places.summaries, settings.mixit or {}, timings)
+    pretraining_music = music.read_pretraining(places.summaries) if settings.mixit else {}
+    for text in [*music.alarms(unsupervised), *music.idlers(unsupervised)]:
+        log.warning(text)
+    metrics |= music.metrics(unsupervised, pretraining_music)
     metrics = dict(sorted(metrics.items()))
     curves = {model: curve for model, curve in read_curves(places.summaries, models).items() if not curve.empty}
     found = provenance(
@@ -366,14 +393,26 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "pretraining": charts.training_chart(read_curve(places.summaries / "pretrain_mae.csv", "A-MAE")),
         "purity": charts.purity_chart({s.split: s.purity for s in splits if s.purity is not None}),
     }
-    ours = tables.our_rows(metrics, models, QUERIES)
+    music_curves = music.read_curves(places.summaries, unsupervised)
+    if settings.mixit is not None:
+        pretrained = read_curve(places.summaries / "pretrain_performer.csv", "Performer") if settings.mixit else {}
+        drawings |= {
+            "mixit_length": music.length_drawing(unsupervised),
+            "mixit_training": charts.training_chart(music_curves),
+            "mixit_pretraining": charts.training_chart(pretrained),
+        }
+    ours = tables.our_rows(metrics, models, QUERIES, [entry.name for entry in unsupervised])
     differences = tables.difference_rows(metrics, models, QUERIES)
     compared = comparisons(settings, int(metrics["mixture.n_classes"]), int(metrics["mixture.n_pairs"]))
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
-    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, notes))
+    bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
+    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, [*bound, *notes]))
+    music_tables = music.report_tables(unsupervised, pretraining_music)
+    if settings.mixit is not None:
+        write_atomic(out / "mixit.md", music.markdown(unsupervised, music_tables, settings.music))
     for name, svg in drawings.items():
         write_atomic(out / f"{name}.svg", svg)
     write_json(out / "provenance.json", found)
@@ -390,6 +429,8 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "notes": notes,
         "n_resamples": settings.report.bootstrap_resamples,
         "examples": [],
+        "excerpts": [],
+        "excerpts_left_out": 0,
         "loudness_db": sounds.LOUDNESS_DB,
         "class_svg": Markup(charts.themed(drawings["class_sdri"], "SDRi by class")),
         "training_svg": Markup(charts.themed(drawings["training"], "Loss by training step")),
@@ -398,7 +439,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "pretraining": pretraining,
         "pictures": encoder.pictures(places.pretrained),
         "probes": {model: probe for model, probe in probes.items() if probe is not None and probe.get("after")},
-        "costs": encoder.cost_rows(models, configs, read_timings(places.timings)),
+        "costs": encoder.cost_rows(models, configs, timings),
         "ablations": encoder.ablations(places.ablations),
         "training_notes": _training_notes(settings, models, list(curves)),
         "splits": splits,
@@ -408,14 +449,21 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
             settings.data.source, settings.pairs.normalize, int(metrics["mixture.n_classes_with_one_clip"])
         ),
         "licences": page.licences(settings.data.source, _published(settings)),
+        "best_assignment": bound,
+        **_music_context(unsupervised, music_curves, music_tables, drawings, settings.music),
         **_class_context(summary.per_class, splits),
-        **_stage_context(places, models),
+        **_stage_context(places, models, unsupervised),
     }
     filters = {"db": tables.db, "interval": tables.interval, "cell": tables.cell, "p_value": tables.p_value}
     # A page without sounds tells how many of them will fit.
     budget = MAX_PAGE_BYTES - len(page.render(context, filters).encode())
-    examples, left_out, rate = read_examples(places.scores, models, budget)
+    heard = [entry for entry in unsupervised if not (entry.data == "music" and settings.music in music.WITHHELD)]
+    reserved = round(MUSIC_SHARE * budget) if any(entry.examples for entry in heard) else 0
+    examples, left_out, rate = read_examples(places.scores, models, budget - reserved)
     context |= {"examples": examples, "examples_left_out": left_out, "nyquist_khz": rate / 2000}
+    budget -= sum(len(sound.audio) + len(sound.image) for example in examples for sound in example.sounds)
+    excerpts, left_out = music.read_examples(places.mixit_scores, heard, budget)
+    context |= {"excerpts": excerpts, "excerpts_left_out": left_out}
     write_atomic(out / "report.html", page.render(context, filters))
     return metrics
 
@@ -433,10 +481,47 @@ def _class_context(per_class: Any, splits: Sequence[SplitData]) -> dict[str, Any
     }
 
 
-def _stage_context(places: Places, models: Sequence[str]) -> dict[str, Any]:
+def _music_context(
+    entries: Sequence[music.Entry],
+    curves: Mapping[str, Any],
+    shown: Sequence[music.Table],
+    drawings: Mapping[str, str],
+    source: str | None,
+) -> dict[str, Any]:
+    """The section of the unsupervised separators; None where none of them was trained or evaluated."""
+    if not curves and all(entry.status is None for entry in entries):
+        return {"mixit": None}
+    of_music = any(entry.data == "music" for entry in entries)
+    labels = {
+        "length": "Stem SI-SNRi and MoM SNR above doing nothing by length of the segments",
+        "training": "Loss of the unsupervised separators by training step",
+        "pretraining": "Loss of the pretraining of the Performer by step",
+    }
+    svgs = {name: Markup(charts.themed(drawings[f"mixit_{name}"], label)) for name, label in labels.items()}
+    svgs["memory"] = Markup(charts.themed(music.memory_drawing(entries), "Peak memory by length of the segments"))
+    return {
+        "mixit": {
+            "introduction": music.INTRODUCTION,
+            "generated": music.GENERATED if of_music and source == "synthetic_stems" else "",
+            "alarms": music.alarms(entries),
+            "idlers": music.idlers(entries),
+            "tables": [shown[0], music.cost_table(entries), *shown[1:]],
+            "svg": svgs,
+            "pretrained": any(entry.pretrained for entry in entries),
+            "licence": page.music_licence(source) if of_music and source else "",
+            "withheld": of_music and source in music.WITHHELD,
+            "excerpt_seconds": music.EXCERPT_SECONDS,
+        }
+    }
+
+
+def _stage_context(places: Places, models: Sequence[str], unsupervised: Sequence[music.Entry]) -> dict[str, Any]:
     names = [f"{stage}_{split}" for stage in ("resample", "mine_anchors", "pairs") for split in SPLITS]
     probes = [f"probe_{m}" for m in models if (places.summaries / f"probe_{m}.json").is_file()]
     names = [*names[:2], "sed", "pretrain_mae", *names[2:], *(f"evaluate_{model}" for model in models), *probes]
+    names += ["index_music"] if (places.summaries / "index_music.json").is_file() else []
+    names += ["pretrain_performer"] if any(entry.pretrained for entry in unsupervised) else []
+    names += [f"evaluate_mixit_{entry.name}" for entry in unsupervised]
     summaries = read_summaries(places.summaries, names)
     timings = read_timings(places.timings)
     detector = (summaries["sed"] or {}).get("mean_average_precision")
@@ -469,6 +554,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("scores", "manifest", "clips", "anchors", "pairs", "separators", "pretrained", "summaries", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--mixit-scores", type=Path, default=Path("data/mixit_scores"))
     args = parser.parse_args()
     settings = Settings.load(Path("params.yaml"))
     places = Places(
@@ -484,6 +570,7 @@ def main() -> None:
         ablations=args.out / "ablations.csv",
         params=Path("params.yaml"),
         root=Path("."),
+        mixit_scores=args.mixit_scores,
     )
     with running("report", args.out):
         metrics = report(places, args.out, settings)

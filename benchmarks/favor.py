@@ -1,0 +1,147 @@
+"""FAVOR+ against exact attention: time and memory of the attention core, forward and backward, as the tokens grow.
+
+    python -m benchmarks.favor               500 to 20,000 tokens, one thread
+    python -m benchmarks.favor --threads 2
+
+    favor       favor_attention, 256 random features, stabiliser "full"
+    recomputed  the same with its features computed again in the backward pass
+    sdpa        torch's fused scaled_dot_product_attention
+
+One layer of 8 heads x 64, batch 1, float32; queries, keys and values are given. Each cell is a process of its own:
+
+ms      the shortest step, in CPU time, which other processes disturb less; with several threads, in wall-clock time
+kept    MiB of resident memory that the forward pass adds: what every layer of a network holds until its backward pass
+peak    MiB at the highest point of the step above that before it (ru_maxrss, which never falls). Includes the gradients
+        of queries, keys and values, 6 KiB per token
+
+The exponents are slopes of least squares in log-log, of the rows from 2000 tokens on; the cross-over is where the lines
+between two rows meet.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from pipeline.favor import favor_attention, orthogonal_features
+
+HEADS, HEAD_DIM, N_FEATURES = 8, 64, 256
+TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000)
+KINDS = ("favor", "recomputed", "sdpa")
+SECONDS_PER_CELL, LEAST_STEPS, MOST_STEPS = 1.0, 2, 10
+LONG_STEP_SECONDS = 10.0  # is not taken again
+# Of glibc's mallopt: free memory at the end of the heap, and blocks of so many bytes, go back to the system at once;
+# and how many such blocks there may be.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+FIT_FROM = 2000  # tokens: below, what every process needs anyway is seen
+
+
+def cell(kind: str, tokens: int, threads: int) -> dict[str, float]:
+    """Seconds of the shortest step, MiB after the forward pass, MiB at the peak."""
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    generator = torch.Generator().manual_seed(0)
+    projection = orthogonal_features(N_FEATURES, HEAD_DIM, generator)
+
+    process = psutil.Process()
+
+    def step(tokens: int) -> tuple[float, int]:
+        q, k, v = leaves[tokens]
+        start = clock()
+        if kind == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = favor_attention(q, k, v, projection, stabiliser="full", eps=1e-8, recompute=kind == "recomputed")
+        resident = process.memory_info().rss
+        out.backward(gradient[:, :, :tokens])
+        return clock() - start, resident
+
+    # Entries as small as the encoder's norm of queries and keys makes them.
+    leaves = {
+        n: [(0.35 * torch.randn(1, HEADS, n, HEAD_DIM, generator=generator)).requires_grad_() for _ in range(3)]
+        for n in (8, tokens)
+    }
+    gradient = torch.randn(1, HEADS, tokens, HEAD_DIM, generator=generator)
+    step(8)  # what the libraries set up once
+    # Otherwise the holes that small blocks leave are counted too, more of them for few tokens than for many.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    before, at_peak = process.memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first, resident = step(tokens)
+    kept = resident - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - at_peak
+    # And from now on the process keeps what it had once: the time is the arithmetic's, not the page faults'.
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    begin, times = time.perf_counter(), [first]
+    while first < LONG_STEP_SECONDS and len(times) < MOST_STEPS:
+        if len(times) >= LEAST_STEPS and time.perf_counter() - begin > SECONDS_PER_CELL:
+            break
+        times.append(step(tokens)[0])
+    return {"seconds": min(times), "kept": kept / 2**20, "peak": peak / 2**10}
+
+
+def exponent(values: dict[int, float]) -> float:
+    """p of a * tokens^p."""
+    points = [(math.log(n), math.log(value)) for n, value in values.items() if n >= FIT_FROM]
+    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+
+
+def cross_over(favor: dict[int, float], sdpa: dict[int, float]) -> float | None:
+    """Tokens from which favor is the faster one, interpolated in log-log; None where it never gets so far."""
+    ratio = {n: math.log(favor[n] / sdpa[n]) for n in sorted(favor)}
+    slower = [n for n in ratio if ratio[n] >= 0]
+    faster = [n for n in ratio if not slower or n > slower[-1]]
+    if not faster:
+        return None
+    if not slower:
+        return float(faster[0])
+    low, high = slower[-1], faster[0]
+    share = ratio[low] / (ratio[low] - ratio[high])
+    return float(low * (high / low) ** share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cell", nargs=2, metavar=("KIND", "TOKENS"), help="one of them, as JSON")
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(cell(args.cell[0], int(args.cell[1]), args.threads)))
+        return
+
+    found: dict[str, dict[str, dict[int, float]]] = {
+        kind: {quantity: {} for quantity in ("seconds", "kept", "peak")} for kind in KINDS
+    }
+    print(f"{HEADS} heads x {HEAD_DIM}, {N_FEATURES} features, {args.threads} thread(s), forward and backward")
+    print("  tokens" + "".join(f"{kind + ' ms':>16}{'kept':>7}{'peak':>7}" for kind in KINDS))
+    for tokens in TOKENS:
+        for kind in KINDS:
+            command = [sys.executable, "-m", "benchmarks.favor", "--threads", str(args.threads)]
+            done = subprocess.run([*command, "--cell", kind, str(tokens)], check=True, capture_output=True, text=True)
+            for quantity, value in json.loads(done.stdout).items():
+                found[kind][quantity][tokens] = value
+        rows = [[found[kind][quantity][tokens] for quantity in ("seconds", "kept", "peak")] for kind in KINDS]
+        print(f"{tokens:8}" + "".join(f"{1e3 * s:16.1f}{k:7.0f}{p:7.0f}" for s, k, p in rows), flush=True)
+    for kind in KINDS:
+        slopes = (f"{name} ~ tokens^{exponent(values):.2f}" for name, values in found[kind].items())
+        print(f"{kind}: " + ", ".join(slopes))
+    for kind in KINDS[:-1]:
+        at = cross_over(found[kind]["seconds"], found["sdpa"]["seconds"])
+        print(f"{kind} is faster than sdpa " + (f"from {at:.0f} tokens on" if at else "nowhere"))
+    most = max(TOKENS)
+    ratio = found["sdpa"]["seconds"][most] / found["favor"]["seconds"][most]
+    print(f"ratio: {ratio:.2f} (sdpa / favor, {most} tokens)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""One training step of the separators with an upstream against that of the baseline: time, multiply-adds, memory.
+
+    python -m benchmarks.upstream_step            sizes, batch and seconds of params.yaml
+    python -m benchmarks.upstream_step --full     of profiles/audioset.yaml (the paper's); batch 2 without a GPU
+
+resunet                the baseline
+mae_resunet            with the frozen A-MAE of `model:`
+mae_resunet_updated    the A-MAE learns too, as it does after `unfreeze_step`
+mae_resunet_aligned    frozen; the features of the frames where they belong (crop), as a second channel
+
+A step is forward, L1, backward and Adam in fp32 (a frozen A-MAE as `bf16_frozen` says), on the same random mixtures for
+all. Steps are taken in turn, so that all meet the same noise of a busy machine; one thread on a CPU is timed by its CPU
+time, which leaves out when others have the core. Minima and medians are given, and ratios of the medians (of the minima
+in brackets). A step's multiply-adds are pipeline.cost's, times three where weights learn (backward is two products for
+each of forward), once in a frozen upstream. Norms, transforms and Adam are in the time and not in that count. The
+upstream's own part is what lies between mixture and features: resampling, filter bank, encoder, pooling.
+
+Peak memory is that of two steps in a process of its own, above what this held when the network was built: activations,
+gradients, Adam's moments, and what libraries keep; the median of `--memory-runs` processes, for a CPU's varies.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AudioParams, load_params
+from pipeline.cost import cost
+from pipeline.losses import l1_loss
+from pipeline.pretraining import PretrainParams
+from pipeline.runtime import keep_freed_memory
+from pipeline.separators import build, model_params
+from pipeline.stages.sed import SedParams
+from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
+from pipeline.training import build_optimizer
+from pipeline.upstreams.mae import encoder_sizes
+
+SMALL, FULL = Path("params.yaml"), Path("profiles/audioset.yaml")
+BASELINE = "resunet"
+NAMES = [BASELINE, "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned"]
+PANNS_QUERY_DIM = 2048
+MB = 2**20
+
+
+class UpstreamOnly(nn.Module):
+    """What a separator computes before it begins: the features of its upstream."""
+
+    def __init__(self, separator: nn.Module) -> None:
+        super().__init__()
+        self.separator = separator
+
+    def forward(self, mixture: Tensor, query: Tensor) -> Tensor:
+        return self.separator.steps(mixture)
+
+
+def query_dim(path: Path) -> int:
+    sed = load_params("sed", SedParams, path)
+    return sed.embedding_dim if sed.query_weights is None else PANNS_QUERY_DIM
+
+
+def new(name: str, path: Path) -> nn.Module:
+    """The network of that name, with random weights."""
+    torch.manual_seed(0)
+    if name == BASELINE:
+        entry = load_params(f"separators.{name}", SeparatorParams, path)
+        return build(entry.architecture, query_dim=query_dim(path), **entry.model)
+    mae = load_params(f"mae_separators.{name}", MaeSeparatorParams, path)
+    unet = load_params(mae.unet, model_params(BASELINE), path).model_dump()
+    settings = load_params(mae.settings, model_params(mae.architecture), path).model_dump()
+    if settings["upstream"] != "mae":
+        raise ValueError(f"{path}: {mae.settings}.upstream is {settings['upstream']!r}; this benchmark measures mae")
+    sizes = encoder_sizes(load_params("pretrain_mae", PretrainParams, path).model.model_dump())
+    config = {**sizes, "mae_input": settings["mae_input"], "drop_path": settings["drop_path"]}
+    return build(mae.architecture, query_dim=query_dim(path), upstream_config=config, **unet, **settings)
+
+
+class Step:
+    """Training steps of one network; `upstream` has the seconds of each step's features."""
+
+    def __init__(self, network: nn.Module, learning_rate: float, device: torch.device) -> None:
+        self.network, self.device = network.to(device).train(), device
+        groups = getattr(network, "parameter_groups", None)
+        parameters = list(network.parameters()) if groups is None else groups(learning_rate)
+        self.optimizer = build_optimizer("adam", parameters, learning_rate)
+        self.upstream: list[float] = []
+        if hasattr(network, "steps"):
+            features = network.steps
+
+            def timed(mixture: Tensor) -> Tensor:
+                start = now(device)
+                found = features(mixture)
+                self.upstream.append(now(device) - start)
+                return found
+
+            network.steps = timed
+
+    def __call__(self, mixture: Tensor, target: Tensor, query: Tensor) -> float:
+        """Seconds of one step."""
+        start = now(self.device)
+        loss = l1_loss(self.network(mixture, query).float(), target).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return now(self.device) - start
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def data(path: Path, batch: int, samples: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixture, target, query."""
+    generator = torch.Generator().manual_seed(1)
+    target, interferer = 0.1 * torch.randn(2, batch, samples, generator=generator)
+    query = torch.randn(batch, query_dim(path), generator=generator)
+    return (target + interferer).to(device), target.to(device), query.to(device)
+
+
+def multiply_adds(network: nn.Module, path: Path, samples: int) -> dict[str, int]:
+    """Of one mixture: forward, the upstream's part of it, and a step."""
+    size = {"query_dim": query_dim(path), "samples": samples}
+    forward = cost(network, **size).macs
+    upstream = cost(UpstreamOnly(network), **size).macs if hasattr(network, "steps") else 0
+    factor = 1 if upstream and network.settings.freeze_mae else 3
+    return {"forward": forward, "upstream": upstream, "step": 3 * (forward - upstream) + factor * upstream}
+
+
+def measure_memory(name: str, path: Path, learning_rate: float, inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """Bytes that two steps need above what there was before the first; alone in its process."""
+    device = inputs[0].device
+    step = Step(new(name, path), learning_rate, device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(2):  # Adam's moments come with the first
+        step(*inputs)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"before": before, "peak": peak - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the paper's sizes")
+    parser.add_argument("--steps", type=int, default=7, help="of each network, after one that is not counted")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--seconds", type=float, help="of each mixture")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-runs", type=int, default=3)
+    parser.add_argument("--memory", choices=NAMES, help="only the peak memory of this network, as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    device, path = torch.device(args.device), FULL if args.full else SMALL
+    params, audio = load_params("train", TrainParams, path), load_params("audio", AudioParams, path)
+    batch = args.batch or (2 if args.full and device.type != "cuda" else params.batch_size)
+    seconds = args.seconds or params.segment_seconds
+    samples = round(seconds * audio.sample_rate)
+    inputs = data(path, batch, samples, device)
+    if args.memory:
+        print(json.dumps(measure_memory(args.memory, path, params.learning_rate, inputs)))
+        return
+
+    # First: Linux counts what the parent held at the fork into ru_maxrss, and here that is still little.
+    memory: dict[str, dict[str, int]] = {}
+    for name in NAMES:
+        command = [sys.executable, "-m", "benchmarks.upstream_step", *sys.argv[1:], "--memory", name]
+        runs = [
+            json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for _ in range(args.memory_runs)
+        ]
+        memory[name] = sorted(runs, key=lambda run: run["peak"])[len(runs) // 2]
+
+    networks = {name: new(name, path) for name in NAMES}
+    macs = {name: multiply_adds(network, path, samples) for name, network in networks.items()}
+    steps = {name: Step(network, params.learning_rate, device) for name, network in networks.items()}
+    taken: dict[str, list[float]] = {name: [] for name in NAMES}
+    for _ in range(args.steps + 1):
+        for name, step in steps.items():
+            taken[name].append(step(*inputs))
+    median = {name: statistics.median(values[1:]) for name, values in taken.items()}
+    minimum = {name: min(values[1:]) for name, values in taken.items()}
+
+    print(f"{path}, batch {batch} x {seconds:g} s, fp32, {device.type}, {args.threads} threads")
+    for name in NAMES:
+        giga = {key: f"{value / 1e9:.2f}" for key, value in macs[name].items()}
+        mega = {key: f"{value / MB:.0f}" for key, value in memory[name].items()}
+        print(f"  {name}: median {median[name]:.3f} s, minimum {minimum[name]:.3f} s")
+        print(
+            f"    GMACs of a mixture: step {giga['step']}, forward {giga['forward']}, of which upstream "
+            f"{giga['upstream']}; peak memory {mega['peak']} MB above {mega['before']} MB"
+        )
+
+    def against(name: str, table: dict[str, Any], key: str) -> float:
+        return table[name][key] / table[BASELINE][key]
+
+    for name in NAMES[1:]:
+        print(
+            f"ratio: {median[name] / median[BASELINE]:.2f} ({minimum[name] / minimum[BASELINE]:.2f}) "
+            f"of the baseline's time, "
+            f"{against(name, macs, 'step'):.2f} of its multiply-adds, "
+            f"{against(name, memory, 'peak'):.2f} of its memory ({name})"
+        )
+    for name in NAMES[1:]:
+        if not networks[name].settings.freeze_mae:
+            continue  # its backward cannot be told from the rest
+        time_share = statistics.median(steps[name].upstream[1:]) / median[BASELINE]
+        macs_share = macs[name]["upstream"] / macs[BASELINE]["step"]
+        print(
+            f"ratio: {time_share / macs_share:.2f} ({name}: its frozen upstream takes {time_share:.3f} of the "
+            f"baseline's time / {macs_share:.3f} of its multiply-adds)"
+        )
+
+
+if __name__ == "__main__":
+    main()

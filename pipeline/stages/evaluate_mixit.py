@@ -1,0 +1,331 @@
+"""Stage evaluate_mixit: what one entry of `mixit_music:` or `mixit_anchors:` does on test data, in numbers and sounds.
+
+The numbers are those of mixit_scores.py, each beside that of doing nothing. An entry trained on anchors also meets the
+chain's evaluation pairs, where its outputs go to target and interferer by best assignment: an upper bound, to be read
+beside the query-based models and not against them.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors.torch import load_file
+from scipy.io import wavfile
+from torch import Tensor
+
+from pipeline import mixit
+from pipeline.anchors import AnchorIndex, AnchorReader
+from pipeline.config import Params, load_params
+from pipeline.devices import choose_device, use_available_cores
+from pipeline.mixing import Normalize, PairsParams, mix
+from pipeline.mixit import MixitParams, anchor_streams, music_streams, read_config, seed_of
+from pipeline.mixit_scores import classes_with_interval, mean_with_interval, mom_scores, pair_scores, stem_scores
+from pipeline.music import MomBatch, MusicParams, index_file
+from pipeline.parts import run_parts
+from pipeline.runtime import (
+    fingerprint,
+    keep_freed_memory,
+    publish,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
+from pipeline.separators import build
+
+log = logging.getLogger(__name__)
+
+TOLD = ("architecture", "data", "pretrained", "diversity", "sparsity", "sparsity_form", "sample_rate", "n_sources")
+
+
+class EvaluateMixitParams(Params):
+    """`evaluate_mixit:` in params.yaml."""
+
+    n_moms: int = Field(gt=0)
+    n_mixtures: int = Field(ge=0)
+    batch_size: int = Field(gt=0)
+    pairs_per_part: int = Field(gt=0)
+    bss: bool
+    bss_filter_samples: int = Field(gt=1)
+    n_examples: int = Field(ge=0)
+    device: Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Test:
+    """What an entry is tested on."""
+
+    data: mixit.Source
+    source: Path  # the index of the music, or the anchors of the eval split
+    music: MusicParams | None
+    mixit: MixitParams
+    pairs: Path | None  # of the eval split, for an entry trained on anchors
+    normalize: Normalize
+
+
+def load_separator(directory: Path, device: str) -> Any:
+    """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
+    config = read_config(directory)
+    separator = build(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
+    separator.load_state_dict(load_file(directory / "weights.safetensors"), strict=True)
+    return separator.eval().to(device)
+
+
+def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
+    """(estimates, masks), float32; ValueError where an estimate is not finite."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        estimates, masks = separator.separate(mixture)
+    if not estimates.isfinite().all():
+        raise ValueError("NaN or infinity in the estimates")
+    return estimates.float(), masks.float()
+
+
+def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int) -> Iterator[MomBatch]:
+    """The first n mixtures of mixtures of the test data, the same for every entry of this segment length.
+
+    purpose TEST: stems in random subsets, as in training. SINGLE: all stems that sound, up to max_stems.
+    """
+    shared: dict[str, Any] = {
+        "seconds": [seconds],
+        "seed": seed_of(test.mixit.seed, purpose),
+        "batch_size": batch_size,
+        "max_stems": test.mixit.max_stems,
+        "snr_range": test.mixit.mom_snr_range,
+    }
+    if test.music is None:
+        streams = anchor_streams(test.source, "all", n_items=n, **shared)
+    else:
+        subsets = test.mixit.random_subsets and purpose == mixit.TEST
+        streams = music_streams(test.source, "test", test.music, random_subsets=subsets, fixed=True, **shared)
+    moms = streams.moms[0]
+    for k in range(moms.n_batches):
+        if k * batch_size >= n:
+            return
+        yield moms.batch(k)
+
+
+def score_moms(separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str) -> pd.DataFrame:
+    """A row per mixture of mixtures: its scores, and where x1 came from."""
+    rows: list[pd.DataFrame] = []
+    for batch in batches(test, seconds, mixit.TEST, params.n_moms, params.batch_size):
+        mixtures = torch.from_numpy(batch.mixtures).to(device)
+        found = mom_scores(*separate(separator, mixtures.sum(dim=1)), mixtures)
+        rows.append(pd.DataFrame({"source": [first for first, _ in batch.track_ids], **found}))
+    return pd.concat(rows, ignore_index=True).iloc[: params.n_moms]
+
+
+def score_mixtures(
+    separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str, examples: Path
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """A row per single mixture of two stems or more, and the first few mixtures as sounds with all outputs."""
+    rows: list[pd.DataFrame] = []
+    described: list[dict[str, Any]] = []
+    for k, batch in enumerate(batches(test, seconds, mixit.SINGLE, params.n_mixtures, params.batch_size)):
+        known = np.flatnonzero(batch.n_stems[: params.n_mixtures - k * params.batch_size, 0] >= 2)
+        if not len(known):
+            continue
+        stems = torch.from_numpy(batch.stems[known, 0]).to(device)
+        estimates, _ = separate(separator, stems.sum(dim=1))
+        n_stems = batch.n_stems[known, 0]
+        found = stem_scores(estimates, stems, n_stems, params.bss_filter_samples if params.bss else None)
+        rows.append(pd.DataFrame({"source": [batch.track_ids[i][0] for i in known], "n_stems": n_stems, **found}))
+        for i in range(min(len(known), params.n_examples - len(described))):
+            sounds = {"mixture": stems[i].sum(dim=0), **{f"output-{n}": s for n, s in enumerate(estimates[i])}}
+            described.append(_write_example(examples, str(len(described)), sounds, separator.sample_rate))
+    columns = ["source", "n_stems", "si_snr", "si_snri", "sdr", "sir", "sar"]
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
+    return table, described
+
+
+def _write_example(folder: Path, name: str, sounds: dict[str, Tensor], sample_rate: int) -> dict[str, Any]:
+    files = {}
+    for what, waveform in sounds.items():
+        buffer = io.BytesIO()
+        wavfile.write(buffer, sample_rate, waveform.cpu().numpy().astype(np.float32))
+        files[what] = f"{name}-{what}.wav"
+        write_atomic(folder / files[what], buffer.getvalue())
+    outputs = [waveform for what, waveform in sounds.items() if what != "mixture"]
+    levels = [round(float(10 * torch.log10(w.double().square().mean() + 1e-12)), 2) for w in outputs]
+    return {"name": name, "files": files, "outputs_db": levels}
+
+
+@dataclass(frozen=True)
+class PairsSetup:
+    """What a worker needs to score any part of the pairs."""
+
+    run: str
+    separator: Path
+    pairs: Path
+    anchors: Path
+    normalize: Normalize
+    batch_size: int
+    device: str
+
+
+@lru_cache(maxsize=1)
+def _loaded(setup: PairsSetup) -> tuple[Any, AnchorReader, pa.Table]:
+    keep_freed_memory()
+    reader = AnchorReader(setup.anchors, AnchorIndex.load(setup.anchors))
+    return load_separator(setup.separator, setup.device), reader, pq.read_table(setup.pairs)
+
+
+def score_pairs(rows: tuple[int, int], directory: Path, *, setup: PairsSetup) -> None:
+    """Score rows [start, stop) of the pairs into directory/pairs.parquet."""
+    separator, reader, table = _loaded(setup)
+    found = []
+    for first in range(rows[0], rows[1], setup.batch_size):
+        batch = table.slice(first, min(setup.batch_size, rows[1] - first)).to_pydict()
+        targets, interferers = ([reader.index.row(key) for key in batch[role]] for role in ("target", "interferer"))
+        mixture, target, interferer = mix(
+            torch.from_numpy(reader.waveforms(targets)).to(setup.device),
+            torch.from_numpy(reader.waveforms(interferers)).to(setup.device),
+            torch.tensor(batch["gain"], dtype=torch.float32, device=setup.device),
+            setup.normalize,
+        )
+        estimates, _ = separate(separator, mixture)
+        names = ("pair", "class_index", "mid", "target_clip")
+        found.append(pd.DataFrame({name: batch[name] for name in names} | pair_scores(estimates, target, interferer)))
+    write_atomic(directory / "pairs.parquet", _parquet(pd.concat(found, ignore_index=True)))
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), buffer)
+    return buffer.getvalue()
+
+
+def summarise(moms: pd.DataFrame, mixtures: pd.DataFrame, pairs: pd.DataFrame | None) -> dict[str, Any]:
+    """Means over the test data with 95 % intervals; its units are dB, shares, and counts of sources."""
+    source = moms["source"].tolist()
+
+    def of(table: pd.DataFrame, names: Sequence[str], clusters: Sequence[str]) -> dict[str, Any]:
+        return {name: mean_with_interval(table[name].to_numpy(), clusters) for name in names}
+
+    names = ("snr", "si_snr", "do_nothing_snr", "do_nothing_si_snr", "snr_above_do_nothing")
+    summary: dict[str, Any] = {
+        "moms": {"n": len(moms), **of(moms, names, source)},
+        "masks": of(moms, ("overlap", "ne_mask", "ne_energy"), source),
+        "stems": None,
+        "pairs": None,
+    }
+    if len(mixtures):
+        scores = of(mixtures, ("si_snri", "si_snr", "sdr", "sir", "sar"), mixtures["source"].tolist())
+        undefined = int(mixtures["si_snri"].isna().sum())
+        summary["stems"] = {"n": len(mixtures), "n_undefined": undefined, **scores}
+    if pairs is not None:
+        classes, clips = pairs["class_index"].to_numpy(), pairs["target_clip"].tolist()
+        summary["pairs"] = {
+            "n": len(pairs),
+            "n_classes": int(pairs["class_index"].nunique()),
+            "sdri_class_median_mean": classes_with_interval(pairs["sdri"].to_numpy(), classes, clips, "median"),
+            "sdri_class_mean_mean": classes_with_interval(pairs["sdri"].to_numpy(), classes, clips, "mean"),
+            "si_sdri_class_median_mean": classes_with_interval(pairs["si_sdri"].to_numpy(), classes, clips, "median"),
+        }
+    return summary
+
+
+def evaluate_mixit(
+    name: str, separator_dir: Path, out: Path, *, test: Test, params: EvaluateMixitParams
+) -> dict[str, Any]:
+    """Write moms.parquet, mixtures.parquet, pairs.parquet (of anchors) and examples to `out`; return the summary."""
+    keep_freed_memory()
+    use_available_cores()
+    device = str(choose_device(params.device))
+    config = read_config(separator_dir)
+    rate = AnchorIndex.load(test.source).sample_rate if test.music is None else test.music.sample_rate
+    if rate != config["sample_rate"]:
+        raise ValueError(f"{name} was trained at {config['sample_rate']} Hz, and the test data are read at {rate} Hz")
+    seconds = max(config["segment_seconds"])
+    summary = {"status": config["status"], "segment_seconds": seconds, "steps": config["steps"]}
+    summary |= {key: config[key] for key in (*TOLD, "n_parameters")}
+    inputs = [separator_dir / "config.json"]
+    if config["status"] == "ok":
+        inputs.append(separator_dir / "weights.safetensors")
+    if test.music is None:
+        inputs += [test.source / file for file in ("index.parquet", "index.json", "shards.json")]
+    else:
+        inputs.append(index_file(test.source, seconds))
+    context: list[Any] = [*([test.music] if test.music else []), *([test.pairs] if test.pairs else [])]
+    run = fingerprint(params, test.mixit, test.normalize, device, *context, *inputs)
+    scratch = scratch_dir(f"evaluate_mixit@{name}", run)
+    finished = scratch / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    (finished / "examples").mkdir(parents=True)
+    if config["status"] == "ok":
+        separator = load_separator(separator_dir, device)
+        moms = score_moms(separator, test, seconds, params, device)
+        mixtures, examples = score_mixtures(separator, test, seconds, params, device, finished / "examples")
+        pairs = None
+        if test.pairs is not None:
+            setup = PairsSetup(
+                run=run,
+                separator=separator_dir.absolute(),
+                pairs=test.pairs.absolute(),
+                anchors=test.source.absolute(),
+                normalize=test.normalize,
+                batch_size=params.batch_size,
+                device=device,
+            )
+            pairs = _all_pairs(setup, params, scratch)
+            write_atomic(finished / "pairs.parquet", _parquet(pairs))
+        write_atomic(finished / "moms.parquet", _parquet(moms))
+        write_atomic(finished / "mixtures.parquet", _parquet(mixtures))
+        summary |= summarise(moms, mixtures, pairs) | {"examples": examples}
+    publish(finished, out)
+    shutil.rmtree(scratch)
+    return summary
+
+
+def _all_pairs(setup: PairsSetup, params: EvaluateMixitParams, scratch: Path) -> pd.DataFrame:
+    n_pairs = pq.read_metadata(setup.pairs).num_rows
+    starts = range(0, n_pairs, params.pairs_per_part)
+    parts = {f"part-{i:05d}": (s, min(s + params.pairs_per_part, n_pairs)) for i, s in enumerate(starts)}
+    done = run_parts(partial(score_pairs, setup=setup), parts, scratch / "parts")
+    return pd.concat([pd.read_parquet(done[part] / "pairs.parquet") for part in parts], ignore_index=True)
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="an entry of the section")
+    parser.add_argument("--data", choices=["music", "anchors"], required=True)
+    parser.add_argument("--separator", type=Path, required=True)
+    parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of eval")
+    parser.add_argument("--pairs", type=Path, help="pairs of eval, for an entry trained on anchors")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, required=True)
+    args = parser.parse_args()
+    params = load_params("evaluate_mixit", EvaluateMixitParams)
+    test = Test(
+        data=args.data,
+        source=args.source,
+        music=load_params("music", MusicParams) if args.data == "music" else None,
+        mixit=load_params("mixit", MixitParams),
+        pairs=None if args.pairs is None else args.pairs / "pairs.parquet",
+        normalize=load_params("pairs", PairsParams).normalize,
+    )
+    if choose_device(params.device).type == "cuda":
+        os.environ.setdefault("USS_WORKERS", "0")  # one process per GPU, unless somebody wants more
+    with running(f"evaluate_mixit@{args.name}", args.out):
+        summary = evaluate_mixit(args.name, args.separator, args.out, test=test, params=params)
+        write_json(args.summary, summary)
+        log.info("%s: %s", args.name, json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Stage pretrain_performer: teach the Performer's front end and encoder to fill in hidden frames of the train tracks.
+
+Masked autoencoding (the report, section 3.3) on single mixtures, without labels or stems, on the tracks that the
+separators train on: the report's "entire corpus" would show them the test tracks.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline import mixit
+from pipeline.config import load_params
+from pipeline.devices import choose_device, use_available_cores
+from pipeline.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
+from pipeline.music import MusicParams, index_file
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.separators import build, model_params
+from pipeline.separators.performer import Pretrainer
+from pipeline.training import Validation, fit
+
+log = logging.getLogger(__name__)
+
+STATISTICS_BATCHES = 16  # for mean and deviation of the bins
+
+
+def pretrain_performer(
+    index: Path, out: Path, curve: Path, *, music: MusicParams, params: PretrainPerformerParams, model: dict[str, Any]
+) -> dict[str, Any]:
+    """Write weights.safetensors (front end and encoder) and config.json to `out`; return the summary."""
+    keep_freed_memory()
+    use_available_cores()
+    device = choose_device(params.device)
+    seconds = params.segment_seconds
+    train, held_out = (
+        music_streams(
+            index,
+            split,
+            music,
+            seconds=[seconds],
+            seed=seed_of(params.seed, mixit.TRAIN if split == "train" else mixit.VALIDATION),
+            batch_size=max(1, params.batch_size // 2),
+            max_stems=64,
+            snr_range=(0.0, 0.0),
+            random_subsets=False,
+            fixed=split != "train",
+        )
+        for split in ("train", "validation")
+    )
+    scratch = scratch_dir(
+        "pretrain_performer",
+        fingerprint(json.dumps(model, sort_keys=True), music, params, index_file(index, seconds)),
+    )
+    torch.manual_seed(params.seed)
+    separator: Any = build("performer", sample_rate=train.sample_rate, **model)
+    separator.learn_statistics(_single(train, n) for n in range(STATISTICS_BATCHES))
+    pretrainer = Pretrainer(
+        separator,
+        mask_mode=params.mask_mode,
+        mask_ratio=params.mask_ratio,
+        mask_span=params.mask_span,
+        target=params.target,
+        loss_on=params.loss_on,
+    ).to(device)
+
+    def loss(batch: tuple[int, Tensor]) -> Tensor:
+        n, waveform = batch
+        generator = torch.Generator().manual_seed(seed_of(params.seed, n))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+            value: Tensor = pretrainer(waveform.to(device, non_blocking=True), generator)
+        return value
+
+    def validation_loss() -> float:
+        moms = held_out.moms[0]
+        n_batches = min(moms.n_batches, ceil(params.n_validation_mixtures / max(2, params.batch_size)))
+        with torch.inference_mode():
+            return sum(float(loss((n, _single(held_out, n)))) for n in range(n_batches)) / n_batches
+
+    def redraw(n: int) -> None:
+        if params.redraw_every_steps and n and n % params.redraw_every_steps == 0:
+            separator.redraw(n, params.seed)
+
+    # A mixture is half of a mixture of mixtures: an epoch has as many items as MixIT's has pairs, twice as long.
+    steps = train.steps(params.epochs, max(1, params.batch_size // 2))
+    pretrainer.eval()
+    untrained = validation_loss()
+    fitted = fit(
+        pretrainer,
+        mixit.build_optimizer(pretrainer, params.learning_rate, params.weight_decay),
+        lambda n: (n, _single(train, n)),
+        loss,
+        steps=steps,
+        learning_rate=lambda n: mixit.learning_rate_factor(
+            n,
+            warmup_steps=params.warmup_steps,
+            steps=steps,
+            final=params.final_learning_rate / params.learning_rate,
+        ),
+        gradient_clip=params.gradient_clip,
+        seed=params.seed,
+        describe=lambda n: train.describe(n, params.seed),
+        scratch=scratch,
+        curve=curve,
+        log_every_steps=params.log_every_steps,
+        checkpoint_every_seconds=params.checkpoint_every_seconds,
+        validation=Validation(validation_loss, params.validate_every_steps, params.patience),
+        before_step=redraw,
+    )
+    summary: dict[str, Any] = {
+        "steps": fitted.steps,
+        "best_step": fitted.best_step,
+        "loss": round(fitted.best_validation or 0.0, 6),
+        "loss_untrained": round(untrained, 6),
+        "mask_ratio": params.mask_ratio,
+        "sample_rate": train.sample_rate,
+    }
+    finished = scratch / "finished"
+    finished.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in pretrainer.encoder_state().items()}
+    write_atomic(finished / "weights.safetensors", save(state))
+    write_json(finished / "config.json", {"model": model, **summary})
+    publish(finished, out)
+    shutil.rmtree(scratch)
+    return summary
+
+
+def _single(streams: Streams, n: int) -> Tensor:
+    """The single mixtures of batch n, (2 x batch, time)."""
+    return torch.from_numpy(streams.moms[0].batch(n).mixtures).flatten(0, 1)
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--summary", type=Path, required=True)
+    parser.add_argument("--curve", type=Path, required=True)
+    args = parser.parse_args()
+    params, music = load_params("pretrain_performer", PretrainPerformerParams), load_params("music", MusicParams)
+    model = load_params(params.model, model_params("performer")).model_dump()
+    with running("pretrain_performer", args.out):
+        summary = pretrain_performer(args.index, args.out, args.curve, music=music, params=params, model=model)
+        write_json(args.summary, summary)
+        log.info("%s", json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Stage train_mixit: train one entry of `mixit_music:` or `mixit_anchors:` without any labels, on mixtures of mixtures.
+
+The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest loss on fixed
+held-out mixtures are kept. Batch n is a pure function of (seed, n): a killed run goes on from its checkpoint to the
+weights it would have had. Memory giving out is a result, which is written; the graph goes on.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import shutil
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipeline import mixit
+from pipeline.config import load_params
+from pipeline.devices import choose_device, use_available_cores
+from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
+from pipeline.music import MomBatch, MusicParams
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.separators import build
+from pipeline.training import Validation, fit
+
+log = logging.getLogger(__name__)
+
+STATISTICS_BATCHES = 16
+
+
+def streams(entry: Entry, source: Path, music: MusicParams | None, params: MixitParams) -> tuple[Streams, Streams]:
+    """(train, validation); `source` is the index of the music, or the anchors of the train split."""
+    shared: dict[str, Any] = {
+        "seconds": entry.params.segment_seconds,
+        "batch_size": params.batch_size,
+        "max_stems": params.max_stems,
+        "snr_range": params.mom_snr_range,
+    }
+    seeds = [seed_of(params.seed, purpose) for purpose in (mixit.TRAIN, mixit.VALIDATION)]
+    if music is None:
+        n_items = params.n_validation_moms
+        return (
+            anchor_streams(source, "train", seed=seeds[0], n_items=None, **shared),
+            anchor_streams(source, "validation", seed=seeds[1], n_items=n_items, **shared),
+        )
+    shared["random_subsets"] = params.random_subsets
+    return (
+        music_streams(source, "train", music, seed=seeds[0], fixed=False, **shared),
+        music_streams(source, "validation", music, seed=seeds[1], fixed=True, **shared),
+    )
+
+
+def train_mixit(
+    entry: Entry,
+    source: Path,
+    out: Path,
+    curve: Path,
+    *,
+    params: MixitParams,
+    music: MusicParams | None,
+    pretrained: Path | None,
+    told: dict[str, float],
+) -> dict[str, Any]:
+    """Train one entry into `out`: weights.safetensors and config.json, which is returned. `told` gets what it took."""
+    keep_freed_memory()
+    use_available_cores()
+    device = choose_device(params.device)
+    train, held_out = streams(entry, source, music, params)
+    steps = train.steps(entry.params.epochs, params.batch_size)
+    torch.manual_seed(params.seed)
+    separator: Any = build(entry.params.architecture, sample_rate=train.sample_rate, **entry.model)
+    weights = pretrained / "weights.safetensors" if entry.params.pretrained and pretrained else None
+    if entry.params.pretrained:
+        if weights is None or not hasattr(separator, "load_pretrained"):
+            raise ValueError(f"{entry.name} is to be pretrained, but nothing pretrains {entry.params.architecture}")
+        rate = mixit.read_config(weights.parent)["sample_rate"]
+        if rate != train.sample_rate:
+            raise ValueError(f"{entry.name} trains at {train.sample_rate} Hz, and was pretrained at {rate} Hz")
+        separator.load_pretrained(load_file(weights))
+    elif hasattr(separator, "learn_statistics"):
+        heard = (torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES))
+        separator.learn_statistics(heard)
+    separator.to(device)
+    identity = json.dumps([entry.name, entry.params.model_dump(), entry.model, str(device)], sort_keys=True)
+    inputs = [source / "index.parquet", source / "index.json"] if music is None else sorted(source.glob("*.parquet"))
+    scratch = scratch_dir(
+        f"train_mixit-{entry.name}",
+        fingerprint(identity, params, *([music] if music else []), *([weights] if weights else []), *inputs),
+    )
+    log.info("%s: %d steps, %.2f epochs of %.0f s", entry.name, steps, entry.params.epochs, train.epoch_seconds)
+
+    def loss(batch: MomBatch) -> Tensor:
+        return mixit.training_loss(separator, torch.from_numpy(batch.mixtures), entry.params, params, device)
+
+    def validation_loss() -> float:
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for moms in held_out.moms:
+                for n in range(min(moms.n_batches, ceil(params.n_validation_moms / params.batch_size))):
+                    batch = moms.batch(n)
+                    total += float(loss(batch)) * len(batch.mixtures)
+                    count += len(batch.mixtures)
+        return total / count
+
+    def redraw(n: int) -> None:
+        if params.redraw_every_steps and n and n % params.redraw_every_steps == 0 and hasattr(separator, "redraw"):
+            separator.redraw(n, params.seed)
+
+    config: dict[str, Any] = {
+        "architecture": entry.params.architecture,
+        "model": entry.model,
+        "data": entry.data,
+        "sample_rate": train.sample_rate,
+        "segment_seconds": list(train.seconds),
+        "pretrained": entry.params.pretrained,
+        "diversity": entry.params.diversity,
+        "sparsity": entry.params.sparsity,
+        "sparsity_form": entry.params.sparsity_form,
+        "n_sources": separator.n_sources,
+        "n_parameters": sum(p.numel() for p in separator.parameters()),
+    }
+    finished = scratch / "finished"
+    finished.mkdir(parents=True, exist_ok=True)
+    try:
+        fitted = fit(
+            separator,
+            mixit.build_optimizer(separator, params.learning_rate, params.weight_decay),
+            lambda n: train.load(n, params.seed),
+            loss,
+            steps=steps,
+            learning_rate=lambda n: mixit.learning_rate_factor(
+                n,
+                warmup_steps=params.warmup_steps,
+                steps=steps,
+                final=params.final_learning_rate / params.learning_rate,
+            ),
+            gradient_clip=params.gradient_clip,
+            seed=params.seed,
+            describe=lambda n: train.describe(n, params.seed),
+            scratch=scratch,
+            curve=curve,
+            log_every_steps=params.log_every_steps,
+            checkpoint_every_seconds=params.checkpoint_every_seconds,
+            validation=Validation(validation_loss, params.validate_every_steps, params.patience),
+            before_step=redraw,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not mixit.is_out_of_memory(error):
+            raise
+        log.error("%s: out of memory: %s", entry.name, error)
+        config |= {"status": "out_of_memory", "steps": 0}
+        write_atomic(curve, "step,loss,gradient_norm,learning_rate,validation\n")
+    else:
+        config |= {"status": "ok", "steps": fitted.steps, "best_step": fitted.best_step}
+        state = {name: tensor.cpu().contiguous() for name, tensor in separator.state_dict().items()}
+        write_atomic(finished / "weights.safetensors", save(state))
+        if fitted.seconds_per_step is not None:
+            heard_per_step = 2 * params.batch_size * sum(train.seconds) / len(train.seconds)
+            told["seconds_per_audio_hour"] = fitted.seconds_per_step / heard_per_step * 3600
+            told["minutes_per_epoch"] = fitted.seconds_per_step * train.steps(1.0, params.batch_size) / 60
+    told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        told["cuda_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        told["cuda_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    write_json(finished / "config.json", config)
+    publish(finished, out)
+    shutil.rmtree(scratch)  # `dvc repro --force` must train again
+    return config
+
+
+def main() -> None:
+    """Paths come from dvc.yaml, numbers from params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="an entry of the section")
+    parser.add_argument("--data", choices=["music", "anchors"], required=True)
+    parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of train")
+    parser.add_argument("--pretrained", type=Path, help="where stage pretrain_performer wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--curve", type=Path, required=True)
+    args = parser.parse_args()
+    entry = mixit.read_entry(args.name, args.data)
+    params = load_params("mixit", MixitParams)
+    music = load_params("music", MusicParams) if args.data == "music" else None
+    with running(f"train_mixit@{args.name}", args.out) as told:
+        config = train_mixit(
+            entry, args.source, args.out, args.curve, params=params, music=music, pretrained=args.pretrained, told=told
+        )
+        log.info("%s: %s", args.name, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,549 @@
+"""The report of the unsupervised separators: numbers, warnings, the source report's figures, and what is not there."""
+
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.io import wavfile
+
+from pipeline.reporting import charts, music
+from pipeline.reporting.inputs import read_timings
+from pipeline.reporting.tables import DASH, MINUS
+from pipeline.stages.report import MAX_PAGE_BYTES, Settings, report
+from tests.test_report import PARAMS, RATE, make_run, make_scores, write_model
+
+ENTRY = {
+    "architecture": "performer",
+    "data": "music",
+    "segment_seconds": [3.0],
+    "pretrained": False,
+    "diversity": 0.0,
+    "sparsity": 0.0,
+    "sparsity_form": "report",
+    "model": {"layers": 2},
+}
+ENTRIES = {
+    "performer_3": ENTRY,
+    "performer_10": {**ENTRY, "segment_seconds": [10.0]},
+    "tasnet_3": {**ENTRY, "architecture": "conv_tasnet", "model": {"blocks": 4}},
+    "tasnet_30": {**ENTRY, "architecture": "conv_tasnet", "segment_seconds": [30.0], "model": {"blocks": 4}},
+    "pretrained_3": {**ENTRY, "pretrained": True},
+    "auxiliary_10": {**ENTRY, "segment_seconds": [10.0], "diversity": 0.1, "sparsity": 0.1, "sparsity_form": "l1l2"},
+    "sounds_2": {**ENTRY, "data": "anchors", "segment_seconds": [2.0]},
+    "never": {**ENTRY, "segment_seconds": [7.0]},
+}
+FILES = {"mixit.md", "mixit_length.svg", "mixit_training.svg", "mixit_pretraining.svg"}
+
+
+def about(mean, width=0.5):
+    return {"mean": mean, "ci_lo": mean - width, "ci_hi": mean + width}
+
+
+def summary_of(name, snr=8.0, overlap=0.1, **changes):
+    """What stage evaluate_mixit leaves of an entry."""
+    entry = ENTRIES[name]
+    tasnet = entry["architecture"] == "conv_tasnet"
+    summary = {
+        "status": "ok",
+        **{key: entry[key] for key in ("architecture", "data", "pretrained", "diversity", "sparsity")},
+        "segment_seconds": entry["segment_seconds"][0],
+        "sample_rate": RATE,
+        "n_sources": 8,
+        "n_parameters": 9_100_000 if tasnet else 4_321_000,
+        "steps": 300,
+        "moms": {
+            "n": 64,
+            "snr": about(snr),
+            "si_snr": about(snr - 2),
+            "do_nothing_snr": about(2.98),
+            "do_nothing_si_snr": about(-0.03),
+            "snr_above_do_nothing": about(snr - 2.98),
+        },
+        "stems": {
+            "n": 32,
+            "si_snri": about(4.25),
+            "si_snr": about(1.5),
+            "sdr": about(5.5),
+            "sir": None,
+            "sar": about(float("nan")),
+            "n_undefined": 2,
+        },
+        "masks": {"overlap": about(overlap, 0.01), "ne_mask": about(2.49), "ne_energy": about(2.1)},
+        "pairs": None,
+        "examples": [],
+    }
+    if entry["data"] == "anchors":
+        numbers = {key: about(6.66) for key in ("sdri_class_median_mean", "sdri_class_mean_mean")}
+        summary["pairs"] = {"n": 1234, "n_classes": 3, **numbers, "si_sdri_class_median_mean": about(5.55)}
+        summary["stems"] = None
+    return {**summary, **changes}
+
+
+def out_of_memory(name):
+    summary = summary_of(name, status="out_of_memory")
+    return {key: value for key, value in summary.items() if key not in ("moms", "stems", "masks", "pairs", "examples")}
+
+
+def write_examples(root, name, n=1, seconds=3.0, n_outputs=6):
+    """Sounds of an entry whose later outputs are the louder ones, and how its summary lists them."""
+    folder = root / "data" / "mixit_scores" / name / "examples"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    t = np.arange(round(RATE * seconds)) / RATE
+    examples = []
+    for k in range(n):
+        outputs = [0.02 * (i + 1) * np.sin(2 * np.pi * 300 * (i + 1) * t) for i in range(n_outputs)]
+        waveforms = {"mixture": sum(outputs) + 0.01 * rng.standard_normal(len(t))}
+        waveforms |= {f"output-{i}": output for i, output in enumerate(outputs)}
+        files = {sound: f"{k}-{sound}.wav" for sound in waveforms}
+        for sound, waveform in waveforms.items():
+            wavfile.write(folder / files[sound], RATE, waveform.astype(np.float32))
+        levels = [float(10 * np.log10(np.mean(output**2))) for output in outputs]
+        examples.append({"name": str(k), "files": files, "outputs_db": levels})
+    return examples
+
+
+def write_music(root, summaries, params=ENTRIES, source="synthetic_stems"):
+    """A finished run with unsupervised separators: everything of `test_report.make_run`, and theirs."""
+    sections = f"music: {json.dumps({'source': source})}\n"
+    for data in ("music", "anchors"):
+        entries = {name: {**entry} for name, entry in params.items() if entry["data"] == data}
+        for entry in entries.values():
+            del entry["data"]  # the section says it
+        sections += f"mixit_{data}: {json.dumps(entries)}\n"
+    places, _ = make_run(root, params=PARAMS + sections)
+    for name, summary in summaries.items():
+        (places.summaries / f"evaluate_mixit_{name}.json").write_text(json.dumps(summary))
+        steps = np.arange(10, 210, 10)
+        curve = pd.DataFrame({"step": steps, "loss": -8 + 6 * np.exp(-steps / 50), "gradient_norm": 1.0})
+        curve = curve.assign(learning_rate=1e-3, validation=np.where(steps % 100 == 0, -7.5, np.nan))
+        curve.to_csv(places.summaries / f"train_mixit_{name}.csv", index=False)
+        taken = {"seconds": 61.0, "peak_rss_bytes": 1_500_000_000, "peak_rss_child_bytes": 0}
+        taken |= {"minutes_per_epoch": 12.34, "seconds_per_audio_hour": 4321.0, "cuda_allocated_bytes": 7_770_000_000}
+        (places.timings / f"train_mixit@{name}.json").write_text(json.dumps(taken))
+    (places.summaries / "pretrain_performer.csv").write_text(
+        "step,loss,gradient_norm,learning_rate\n10,1,1,1\n20,0.5,1,1\n"
+    )
+    (places.summaries / "pretrain_performer.json").write_text(json.dumps({"loss": 0.41, "loss_untrained": 1.02}))
+    return places, Settings.load(root / "params.yaml")
+
+
+def all_summaries():
+    return {
+        "performer_3": summary_of("performer_3"),
+        "performer_10": summary_of("performer_10", snr=13.97, overlap=0.665),
+        "tasnet_3": summary_of("tasnet_3", snr=3.5),
+        "tasnet_30": out_of_memory("tasnet_30"),
+        "pretrained_3": summary_of("pretrained_3", snr=9.0),
+        "auxiliary_10": summary_of("auxiliary_10", snr=7.0),
+        "sounds_2": summary_of("sounds_2"),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of every kind of entry: fine, out of memory, alarming, idle, never evaluated."""
+    root = tmp_path_factory.mktemp("music")
+    places, settings = write_music(root, all_summaries())
+    summary = {**all_summaries()["performer_3"], "examples": write_examples(root, "performer_3")}
+    (places.summaries / "evaluate_mixit_performer_3.json").write_text(json.dumps(summary))
+    report(places, root / "reports", settings)
+    return root / "reports"
+
+
+def entries_of(tmp_path, summaries, params=ENTRIES):
+    for name, summary in summaries.items():
+        (tmp_path / f"evaluate_mixit_{name}.json").write_text(json.dumps(summary))
+    return music.read_entries(tmp_path, params, {})
+
+
+def rows_of(text, title):
+    """The rows of a table of mixit.md, as lists of cells."""
+    part = text[text.index(f"## {title}") :].split("\n## ")[0 if not text.startswith("## ") else 1]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines[1:] if not line.startswith("| ---")]
+
+
+def row_of(text, title, *start):
+    (row,) = [row for row in rows_of(text, title) if row[: len(start)] == list(start)]
+    return row
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_the_numbers_of_an_entry_are_flat_and_what_is_undefined_has_no_key(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    own = {
+        key.removeprefix("mixit.performer_3."): v for key, v in metrics.items() if key.startswith("mixit.performer_3.")
+    }
+    assert own["snr"] == 8.0
+    assert (own["snr_ci_lo"], own["snr_ci_hi"]) == (7.5, 8.5)
+    assert own["do_nothing_snr"] == 2.98
+    assert own["snr_above_do_nothing"] == pytest.approx(5.02)
+    assert (own["stem_si_snri"], own["stem_si_snri_ci_lo"]) == (4.25, 3.75)
+    assert own["stem_sdr"] == 5.5
+    assert (own["overlap"], own["ne_mask"], own["ne_energy"]) == (0.1, 2.49, 2.1)
+    assert (own["n_moms"], own["n_stems"], own["stem_n_undefined"], own["n_parameters"]) == (64, 32, 2, 4_321_000)
+    assert (own["alarm"], own["out_of_memory"]) == (0, 0)
+    assert not [key for key in own if key.startswith(("stem_sir", "stem_sar", "pairs"))]
+    assert metrics["mixit.sounds_2.pairs_sdri_class_median_mean"] == 6.66
+    assert not [key for key in metrics if key.startswith("mixit.never")]
+    assert metrics["pretrain_performer.loss"] == 0.41
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert list(metrics) == sorted(metrics)
+
+
+def test_an_entry_that_ran_out_of_memory_has_that_and_no_scores(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    own = {key.removeprefix("mixit.tasnet_30.") for key in metrics if key.startswith("mixit.tasnet_30.")}
+    assert metrics["mixit.tasnet_30.out_of_memory"] == 1
+    assert own == {"out_of_memory", "n_parameters", "n_sources", "steps", "sample_rate"}
+    row = row_of((run / "mixit.md").read_text(), "Table 1", "tasnet_30")
+    assert row[1:6] == ["conv_tasnet", "music", "30 s", "MixIT alone", "9,100,000"]
+    assert row[6:] == ["out of memory", DASH, DASH, "out of memory"]  # the last is the source report's
+
+
+@given(st.floats(-20, 30), st.floats(0, 1))
+def test_the_alarm_is_for_a_good_score_with_masks_alike(snr, overlap):
+    numbers = {"snr": snr, "do_nothing_snr": 3.0, "overlap": overlap}
+    entry = music.Entry("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", numbers)
+    assert entry.alarm == (overlap > 0.5 and snr - 3.0 > 3.0)
+    assert entry.idle == (snr - 3.0 < 1.0)
+    assert not (entry.alarm and entry.idle)
+
+
+def test_without_an_overlap_there_is_no_alarm_to_tell():
+    entry = music.Entry("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", {"snr": 9.0})
+    assert entry.alarm is None
+    assert not entry.idle
+    assert set(entry.metrics()) == {"mixit.a.snr", "mixit.a.out_of_memory"}
+
+
+def test_warnings_stand_in_the_page_the_text_and_the_metrics(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {name for name in ENTRIES if metrics.get(f"mixit.{name}.alarm")} == {"performer_10"}
+    shown, text = (run / "report.html").read_text(), (run / "mixit.md").read_text()
+    assert shown.count('<p class="warning" role="note"><b>Warning: likely spurious optimum.</b> performer_10: ') == 1
+    assert shown.count('<p class="notice" role="note"><b>Not above doing nothing.</b> tasnet_3: ') == 1
+    assert '<th>performer_10 <span class="flag">likely spurious optimum</span></th>' in shown
+    assert "**Warning: likely spurious optimum.** performer_10: its masks overlap by 0.67, and yet" in text
+    assert "10.99 dB above doing nothing" in text
+    assert "**Not above doing nothing.** tasnet_3: its MixIT SNR of 3.50 dB" in text
+    assert "| performer_10 (likely spurious optimum) |" in text
+    assert text.count("**Warning") == 1
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def test_table_1_holds_every_length_of_both_and_what_doing_nothing_scores(run):
+    text = (run / "mixit.md").read_text()
+    rows = rows_of(text, "Table 1")
+    lengths = {(row[1], row[3]) for row in rows}
+    assert {(a, f"{s} s") for a in ("performer", "conv_tasnet") for s in (3, 5, 10, 30)} <= lengths
+    assert ("performer", "2 s") in lengths
+    assert row_of(text, "Table 1", "performer_3")[5:] == [
+        "4,321,000",
+        "8.00 [7.50, 8.50]",
+        "6.00 [5.50, 6.50]",
+        "5.02 [4.52, 5.52]",
+        DASH,
+    ]
+    nothing = [row for row in rows if row[0] == "doing nothing"]
+    assert [row[2:4] for row in nothing] == [["music", "3 s"], ["music", "10 s"], ["anchors", "2 s"]]
+    assert nothing[0][6:9] == ["2.98 [2.48, 3.48]", f"{MINUS}0.03 [{MINUS}0.53, 0.47]", "0.00"]
+    assert row_of(text, "Table 1", "never")[6] == "not evaluated"
+    assert "conv_tasnet 9,100,000; performer 4,321,000 parameters" in text
+
+
+def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
+    other = summary_of("pretrained_3")
+    other["moms"]["do_nothing_snr"] = about(2.5)
+    entries = entries_of(tmp_path, {"performer_3": summary_of("performer_3"), "pretrained_3": other})
+    first = music.report_tables(entries, {})[0]
+    names = [str(line.cells[0]) for line in first.lines if line.kind == "baseline"]
+    assert sorted(names) == ["doing nothing (performer_3)", "doing nothing (pretrained_3)"]
+
+
+def test_the_source_reports_figures_stand_where_they_belong_and_nowhere_else(run):
+    text = (run / "mixit.md").read_text()
+    figures = [row[-1] for row in rows_of(text, "Table 1") if row[-1] != DASH]
+    assert sorted(figures) == sorted(["3.52", "out of memory", f"{MINUS}9.11"])
+    assert row_of(text, "Table 1", "(not run here)", "performer", DASH, "30 s")[-1] == "3.52"
+    assert row_of(text, "Table 1", "(not run here)", "conv_tasnet", DASH, DASH)[-1] == f"{MINUS}9.11"
+    assert row_of(text, "Table 3", "performer_3")[-1] == "2.60"
+    assert row_of(text, "Table 3", "pretrained_3")[-1] == DASH
+    assert row_of(text, "Table 3", "performer_10 (likely spurious optimum)")[-1] == "3.52"
+    assert row_of(text, "Table 3", "(not run here)", DASH, "5 s", "no")[-1] == "3.16"
+    assert row_of(text, "Table 3", "(not run here)", DASH, "30 s", "no")[-1] == "did not train"
+    assert row_of(text, "Table 4", "performer_10 (likely spurious optimum)")[-1] == "3.87"
+    assert row_of(text, "Table 4", "tasnet_3 (not above doing nothing)")[-1] == DASH
+    assert row_of(text, "Table 5", "auxiliary_10")[4:] == [
+        "diversity 0.1, sparsity 0.1 (l1l2)",
+        "5.00 [4.50, 5.50]",
+        "0.10 [0.09, 0.11]",
+        "2.49 [1.99, 2.99]",
+        "2.10 [1.60, 2.60]",
+        "4.25 [3.75, 4.75]",
+        "2.26",
+    ]
+    assert not [row for row in rows_of(text, "Table 5") if row[0] in ENTRIES and row[0] != "auxiliary_10"]
+    for title in ("Table 1", "Table 3", "Table 4"):
+        assert all(row[-1] == DASH for row in rows_of(text, title) if row[0] == "sounds_2")  # it is no music
+
+
+def test_the_stems_are_reported_and_what_is_undefined_is_a_dash(run):
+    row = row_of((run / "mixit.md").read_text(), "What the source report", "performer_3")
+    assert row[4:] == ["32", "4.25 [3.75, 4.75]", "1.50 [1.00, 2.00]", "5.50 [5.00, 6.00]", DASH, DASH, "2"]
+
+
+def test_time_and_memory_are_in_the_page_alone(run):
+    text, shown = (run / "mixit.md").read_text(), (run / "report.html").read_text()
+    assert "Table 2: time and memory" not in text
+    for number in ("12.3", "4,321", "7.77 GB"):
+        assert f">{number}<" in shown
+        assert number not in re.sub(r"4,321,000", "", text)
+    part = shown[shown.index("Table 2: time and memory") : shown.index("Table 3: the Performer")]
+    rows = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
+    ]
+    by_name = {(row[0].split(" <")[0], row[1], row[3]): row for row in rows}
+    assert by_name["tasnet_3", "conv_tasnet", "3 s"][-1] == "17"
+    assert by_name["tasnet_30", "conv_tasnet", "30 s"][4] == "out of memory"
+    assert by_name["tasnet_30", "conv_tasnet", "30 s"][-1] == "out of memory"
+    assert by_name["performer_10", "performer", "10 s"][-1] == "35"
+    assert by_name["(not run here)", "performer", "30 s"][-1] == "46"
+    assert by_name["(not run here)", "performer", "5 s"][-1] == DASH
+
+
+def test_entries_scored_on_the_pairs_have_rows_in_table_1_that_say_what_they_are(run):
+    table, shown = (run / "table1.md").read_text(), (run / "report.html").read_text()
+    label = "sounds_2 (unsupervised, best assignment)"
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {label}")]
+    assert line.startswith(f"| {label} | {DASH} | 6.66 [6.16, 7.16] | {DASH} | 6.66 [6.16, 7.16] | 5.55 [5.05, 6.05] |")
+    assert line.endswith("| 1,234 | 3 |")
+    lines = table.splitlines()
+    assert lines.index(line) == max(i for i, text in enumerate(lines) if text.startswith("| resunet | ")) + 1
+    assert "an upper bound, and no competitor of a query" in table
+    assert f"<th>{label}</th>" in shown
+    assert "an upper bound, and no competitor of a query" in shown
+
+
+# ---------------------------------------------------------------------------------------- files and page
+
+
+def test_the_files_are_the_same_for_the_same_inputs_whatever_was_measured_of_time(tmp_path, run):
+    places, settings = write_music(tmp_path, all_summaries())
+    summary = {**all_summaries()["performer_3"], "examples": write_examples(tmp_path, "performer_3")}
+    (places.summaries / "evaluate_mixit_performer_3.json").write_text(json.dumps(summary))
+    for path in places.timings.glob("train_mixit@*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "minutes_per_epoch": 99.9, "peak_rss_bytes": 5}))
+    report(places, tmp_path / "reports", settings)
+    for name in {*FILES, "metrics.json", "table1.md", "training.svg"}:
+        assert (tmp_path / "reports" / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_without_the_section_nothing_is_said(tmp_path):
+    places, settings = make_run(tmp_path)
+    assert settings.mixit is None
+    metrics = report(places, tmp_path / "reports", settings)
+    assert not [key for key in metrics if key.startswith(("mixit", "pretrain_performer"))]
+    assert not FILES & {path.name for path in (tmp_path / "reports").iterdir()}
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    assert 'id="mixit"' not in shown
+    assert "nsupervised" not in shown
+
+
+@pytest.mark.parametrize("params", [{}, {"performer_3": ENTRY}])
+def test_where_nothing_was_run_the_files_say_so_and_the_page_has_no_section(tmp_path, params):
+    places, settings = write_music(tmp_path, {}, params)
+    for path in places.summaries.glob("pretrain_performer.*"):
+        path.unlink()
+    report(places, tmp_path / "reports", settings)
+    assert "None was evaluated." in (tmp_path / "reports" / "mixit.md").read_text()
+    assert {path.name for path in (tmp_path / "reports").iterdir()} >= FILES
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    assert 'id="mixit"' not in shown
+    assert ("evaluate_mixit_performer_3" in shown) == bool(params)  # among the stages not run
+
+
+def test_an_entry_without_curve_or_timing_is_reported(tmp_path):
+    places, settings = write_music(tmp_path, {"tasnet_30": out_of_memory("tasnet_30")})
+    (places.summaries / "train_mixit_tasnet_30.csv").unlink()
+    (places.timings / "train_mixit@tasnet_30.json").unlink()
+    report(places, tmp_path / "reports", settings)
+    assert 'id="mixit"' in (tmp_path / "reports" / "report.html").read_text()
+
+
+def test_a_mistake_in_the_section_is_not_taken_for_its_absence(tmp_path):
+    (tmp_path / "params.yaml").write_text(PARAMS + "music: {source: 3}\n")
+    with pytest.raises(ValueError, match=r"music\.source"):
+        Settings.load(tmp_path / "params.yaml")
+
+
+def test_the_page_needs_nothing_but_itself_and_its_drawings_take_the_pages_colours(run):
+    shown = (run / "report.html").read_text()
+    assert 'href="#mixit"' in shown
+    assert not re.findall(r"""(?:src|href)\s*=(?!\s*["']?(?:data:|#))""", shown)
+    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    assert part.count('role="img"') == 4
+    assert "var(--series-1)" in part
+    assert not re.findall(r"#[0-9a-f]{6}\b", part)  # in the dark, too, everything can be seen
+    assert "out of memory" in part
+    ids = re.findall(r'\bid="([^"]+)"', shown)
+    assert len(ids) == len(set(ids))
+
+
+def test_names_and_numbers_of_other_stages_stay_text(tmp_path):
+    hostile = "<script>alert(1)</script>|`"
+    summary = {**summary_of("performer_3"), "data": hostile, "architecture": hostile, "status": "ok"}
+    examples = write_examples(tmp_path, "performer_3")
+    examples[0]["name"] = hostile
+    places, settings = write_music(tmp_path, {"performer_3": {**summary, "examples": examples}})
+    report(places, tmp_path / "reports", settings)
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    assert shown.count("<script>") == 1
+    assert html.unescape(shown).count("alert(1)") >= 4
+    assert "<script>" not in (tmp_path / "reports" / "mixit_length.svg").read_text()
+    text = (tmp_path / "reports" / "mixit.md").read_text()
+    assert "\\<script\\>alert(1)\\</script\\>\\|\\`" in text
+    assert "<script>" not in text.replace("\\<script\\>", "")
+
+
+def test_an_entry_must_be_named_like_a_file(tmp_path):
+    with pytest.raises(ValueError, match="letters, digits"):
+        music.read_entries(tmp_path, {"../x": ENTRY}, {})
+
+
+def test_timings_are_in_the_order_of_the_graph(tmp_path):
+    for stage in ("report", "evaluate_mixit@a", "evaluate@a", "train_mixit@a", "index_music", "probe@a"):
+        (tmp_path / f"{stage}.json").write_text("{}")
+    order = ["evaluate@a", "probe@a", "index_music", "train_mixit@a", "evaluate_mixit@a", "report"]
+    assert list(read_timings(tmp_path)) == order
+
+
+# ------------------------------------------------------------------------------------------------- sounds
+
+
+def test_the_mixture_and_its_loudest_outputs_can_be_heard(run):
+    shown = (run / "report.html").read_text()
+    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    names = re.findall(r'<figure><div class="name">([^<]*)<span>([^<]*)</span>', part)
+    assert [name for name, _ in names] == ["mixture", "output 5", "output 4", "output 3", "output 2"]
+    assert names[1][1].startswith(MINUS)
+    assert part.count('src="data:audio/mpeg;base64,') == 5
+    assert "mixture 0, from" in part
+    assert shown.index('id="listen"') < shown.index('id="mixit"')
+
+
+def test_every_entrys_first_example_goes_before_a_second(tmp_path):
+    entries = entries_of(
+        tmp_path,
+        {
+            name: {**summary_of(name), "examples": write_examples(tmp_path, name, n=3)}
+            for name in ("performer_3", "tasnet_3")
+        },
+    )
+    scores = tmp_path / "data" / "mixit_scores"
+    everything, left_out = music.read_examples(scores, entries, 10_000_000)
+    assert [(e.entry, e.name) for e in everything] == [
+        ("performer_3", "0"),
+        ("performer_3", "1"),
+        ("tasnet_3", "0"),
+        ("tasnet_3", "1"),
+    ]
+    assert left_out == 0
+    one = sum(len(sound.audio) + len(sound.image) for sound in everything[0].sounds)
+    some, left_out = music.read_examples(scores, entries, 2 * one + one // 2)
+    assert [(e.entry, e.name) for e in some] == [("performer_3", "0"), ("tasnet_3", "0")]
+    assert left_out == 2
+    assert music.read_examples(scores, entries, -1) == ([], 4)
+
+
+def test_an_excerpt_is_where_the_mixture_is_loudest(tmp_path):
+    (example,) = write_examples(tmp_path, "performer_3", seconds=6.0)
+    folder = tmp_path / "data" / "mixit_scores" / "performer_3" / "examples"
+    loud = np.where((np.arange(6 * RATE) // RATE) // 2 == 1, 0.5, 0.01).astype(np.float32)
+    wavfile.write(folder / "0-mixture.wav", RATE, loud)
+    entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
+    ((excerpt,), _) = music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+    assert (excerpt.start, excerpt.seconds) == (2.0, 2.0)
+
+
+def test_sounds_shorter_than_an_excerpt_or_silent_are_shown_whole(tmp_path):
+    (example,) = write_examples(tmp_path, "performer_3", seconds=0.7)
+    folder = tmp_path / "data" / "mixit_scores" / "performer_3" / "examples"
+    wavfile.write(folder / "0-output-5.wav", RATE, np.zeros(round(0.7 * RATE), np.float32))
+    example["outputs_db"] = [None] * 6
+    entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
+    ((excerpt,), _) = music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+    assert (excerpt.start, excerpt.seconds) == (0.0, 0.7)
+    assert [sound.name for sound in excerpt.sounds] == ["mixture", *(f"output {i}" for i in range(4))]
+
+
+def test_example_files_cannot_lead_elsewhere(tmp_path):
+    (example,) = write_examples(tmp_path, "performer_3")
+    wavfile.write(tmp_path / "secret.wav", RATE, np.zeros(100, np.float32))
+    example["files"]["mixture"] = "../../../../secret.wav"
+    entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
+    with pytest.raises(Exception, match=r"examples/secret\.wav"):
+        music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+
+
+def test_the_page_keeps_its_size_and_the_query_models_keep_most_of_it(tmp_path):
+    names = [name for name in ENTRIES if name not in ("tasnet_30", "never")]
+    summaries = {name: {**summary_of(name), "examples": write_examples(tmp_path, name, n=2)} for name in names}
+    places, settings = write_music(tmp_path, summaries)
+    shutil.rmtree(tmp_path / "data" / "scores" / "resunet")
+    write_model(tmp_path, "resunet", make_scores(), n_examples=12)
+    report(places, tmp_path / "reports", settings)
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    assert len(shown.encode()) < MAX_PAGE_BYTES + 10_000
+    assert part.count('<div class="example">') >= 1
+    assert shown.count('<div class="example">') > 2 * part.count('<div class="example">')
+    assert "more did not fit" in part
+
+
+def test_music_that_may_not_be_passed_on_is_not(tmp_path):
+    summary = {**summary_of("performer_3"), "examples": write_examples(tmp_path, "performer_3")}
+    sounds = {**summary_of("sounds_2"), "examples": write_examples(tmp_path, "sounds_2")}
+    places, settings = write_music(tmp_path, {"performer_3": summary, "sounds_2": sounds}, source="moisesdb")
+    report(places, tmp_path / "reports", settings)
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    assert "lets no excerpt of it into this page" in part
+    assert "<h4>performer_3" not in part
+    assert "<h4>sounds_2" in part
+    assert "MoisesDB is CC BY-NC-SA" in shown
+
+
+# ------------------------------------------------------------------------------------------------- charts
+
+
+def test_a_length_chart_of_nothing_says_so():
+    assert "no numbers" in charts.length_chart({"a": []})
+
+
+def test_a_length_chart_marks_what_ran_out_of_memory():
+    points = [charts.Point("a", 3.0, 1.0, 0.5, 1.5), charts.Point("a", 30.0, None)]
+    svg = charts.length_chart({"memory, GB": points})
+    assert "out of memory" in svg
+    assert ">30<" in svg
+    assert svg == charts.length_chart({"memory, GB": points})
+
+
+def test_curves_of_many_entries_stay_small_and_validation_is_dotted():
+    curve = pd.DataFrame({"step": np.arange(5000), "loss": -np.log(np.arange(5000) + 2.0), "validation": np.nan})
+    assert "dots" not in charts.training_chart({"a": curve})
+    curve.loc[::500, "validation"] = -5.0
+    svg = charts.training_chart({f"entry {i}": curve for i in range(14)})
+    assert "loss (dots: validation)" in svg
+    assert len(svg) < 120_000

@@ -1,0 +1,396 @@
+"""Stage train_mixit: it learns, resumes to the same bytes, keeps its best weights, and takes running out of memory."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from pipeline import mixit
+from pipeline.moms import is_validation
+from pipeline.separators import build
+from pipeline.stages import evaluate_mixit, pretrain_performer
+from pipeline.stages.train_mixit import train_mixit
+from tests.corpora import write_sounds
+from tests.tiny_mixit import MIXIT, MODELS, PERFORMER, PRETRAIN, RATE, entry, write_music
+
+ROOT = Path(__file__).parent.parent
+FILES = ("weights.safetensors", "config.json")
+EACH_STEP = {"checkpoint_every_seconds": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory):
+    return write_music(tmp_path_factory.mktemp("music"))
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    """Of four classes, with as many clips that validate as it takes."""
+    sounds = []
+    for index in (3, 72, 137, 300):
+        names = [f"c{index}x{i}" for i in range(99)]
+        held_out = [name for name in names if is_validation(name)][:2]
+        trained = [name for name in names if not is_validation(name)][:6]
+        sounds += [(name, index, [index]) for name in trained + held_out]
+    return write_sounds(tmp_path_factory.mktemp("anchors") / "train", sounds)
+
+
+@pytest.fixture
+def train(music, anchors, tmp_path, monkeypatch):
+    """Train an entry into tmp_path/<out>; returns (directory, config, rows of the curve, what it told)."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    index, params = music
+
+    def train(one, out="out", *, pretrained=None, **changes):
+        directory, told = tmp_path / out, {}
+        of_music = one.data == "music"
+        config = train_mixit(
+            one,
+            index if of_music else anchors,
+            directory,
+            directory.with_suffix(".csv"),
+            params=MIXIT.model_copy(update=changes),
+            music=params if of_music else None,
+            pretrained=pretrained,
+            told=told,
+        )
+        with directory.with_suffix(".csv").open() as file:
+            return directory, config, list(csv.DictReader(file)), told
+
+    return train
+
+
+def validations(rows):
+    return {int(row["step"]): float(row["validation"]) for row in rows if row["validation"]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "data"), [("performer", "music"), ("conv_tasnet", "music"), ("performer", "anchors")]
+)
+def test_training_lowers_the_loss_and_writes_what_evaluation_needs(train, architecture, data):
+    one = entry(architecture, data=data, epochs=10.0, segment_seconds=[0.125] if data == "anchors" else [0.25])
+    out, config, rows, _ = train(one, validate_every_steps=20, log_every_steps=20)
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.5
+    found = validations(rows)
+    assert found[max(found)] < found[min(found)]
+    assert json.loads((out / "config.json").read_text()) == config
+    assert (config["status"], config["steps"], config["data"]) == ("ok", max(found), data)
+    assert config["best_step"] == min(found, key=found.get)
+    assert (config["sample_rate"], config["segment_seconds"]) == (RATE, one.params.segment_seconds)
+    assert config["n_sources"] == 4
+    separator = build(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
+    separator.load_state_dict(load_file(out / "weights.safetensors"))
+    assert config["n_parameters"] == sum(p.numel() for p in separator.parameters())
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+
+
+def test_the_same_run_gives_the_same_bytes_and_another_seed_others(train):
+    one, two, other = (train(entry(), name, seed=seed)[0] for name, seed in (("one", 0), ("two", 0), ("other", 1)))
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in FILES)
+    assert (one / FILES[0]).read_bytes() != (other / FILES[0]).read_bytes()
+
+
+def dies_at(monkeypatch, call):
+    """The loss is asked for the last time as call number `call`, validation included; undone by the returned function."""
+    calls, loss = itertools.count(), mixit.training_loss
+
+    def dies(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(mixit, "training_loss", dies)
+    return lambda: monkeypatch.setattr(mixit, "training_loss", loss)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "call"),
+    [
+        ("performer", 2),  # before the first validation
+        ("performer", 5),  # in the midst of it: two batches after step 4
+        ("performer", 11),
+        ("conv_tasnet", 7),
+    ],
+)
+def test_killed_and_run_again_it_gives_the_same_bytes(train, monkeypatch, caplog, architecture, call):
+    """With dropout, new random features every 3 steps, validation every 4, and segments of two lengths."""
+    one = entry(architecture, epochs=1.5, segment_seconds=None)
+    whole, _, rows, _ = train(one, "whole", **EACH_STEP)
+    assert len(rows) > 2
+    undo = dies_at(monkeypatch, call)
+    with pytest.raises(KeyboardInterrupt):
+        train(one, "killed", **EACH_STEP)
+    undo()
+    with caplog.at_level("INFO"):
+        killed, _, again, _ = train(one, "killed", **EACH_STEP)
+    assert "resumed at step" in caplog.text
+    assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in FILES)
+    assert rows == again
+
+
+def rising(monkeypatch, best_step):
+    """Validation says what it would of a network that learns until `best_step` and unlearns from then on."""
+    calls, loss = itertools.count(1), mixit.training_loss
+
+    def pretends(separator, *arguments):
+        value = loss(separator, *arguments)
+        if separator.training:
+            return value
+        step = MIXIT.validate_every_steps * ((next(calls) + 1) // 2)  # two batches each time
+        return torch.full_like(value, abs(step - best_step))
+
+    monkeypatch.setattr(mixit, "training_loss", pretends)
+    return lambda: monkeypatch.setattr(mixit, "training_loss", loss)
+
+
+def test_training_stops_early_with_the_weights_that_validated_best(train, monkeypatch):
+    one = entry(epochs=6.0)
+    undo = rising(monkeypatch, best_step=8)
+    stopped, config, rows, _ = train(one, "stopped", patience=3)
+    assert validations(rows) == {4: 4, 8: 0, 12: 4, 16: 8, 20: 12}
+    assert (config["steps"], config["best_step"]) == (20, 8)
+    undo()
+    # A run whose last validation is that of step 8, at the same learning rates.
+    undo = dies_at(monkeypatch, 8 + 2 * 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(one, "until", patience=3, **EACH_STEP)
+    (checkpoint,) = (stopped.parent / "data" / "scratch").rglob("checkpoint.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == 8
+    weights = load_file(stopped / "weights.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state["model"].items())
+
+
+def test_a_run_killed_while_it_unlearns_stops_where_it_would_have(train, monkeypatch):
+    one = entry(epochs=6.0)
+    undo = rising(monkeypatch, best_step=4)
+    whole, config, rows, _ = train(one, "whole", patience=2, **EACH_STEP)
+    undo()
+    assert (config["steps"], config["best_step"]) == (12, 4)
+    again = mixit.training_loss
+
+    def dies_in_training(separator, *arguments):
+        if separator.training and next(steps) == 10:
+            raise KeyboardInterrupt
+        return again(separator, *arguments)
+
+    steps = itertools.count()
+    monkeypatch.setattr(mixit, "training_loss", dies_in_training)
+    rising(monkeypatch, best_step=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(one, "killed", patience=2, **EACH_STEP)
+    monkeypatch.setattr(mixit, "training_loss", again)
+    # The validation of step 12 is the third one.
+    monkeypatch.setattr(
+        mixit,
+        "training_loss",
+        lambda separator, *rest: again(separator, *rest) if separator.training else torch.tensor(8.0),
+    )
+    killed, found, resumed, _ = train(one, "killed", patience=2, **EACH_STEP)
+    assert found == config
+    assert resumed == rows
+    assert (whole / FILES[0]).read_bytes() == (killed / FILES[0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 21.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 900 bytes"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_a_result(train, monkeypatch, music, tmp_path, error):
+    calls, loss = itertools.count(), mixit.training_loss
+
+    def runs_out(*arguments):
+        if next(calls) == 3:
+            raise error
+        return loss(*arguments)
+
+    monkeypatch.setattr(mixit, "training_loss", runs_out)
+    out, config, rows, told = train(entry("conv_tasnet"))
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert json.loads((out / "config.json").read_text()) == config
+    assert (config["status"], config["steps"]) == ("out_of_memory", 0)
+    assert config["n_parameters"] > 0
+    assert rows == []
+    assert (tmp_path / "out.csv").read_text().startswith("step,loss,")
+    assert set(told) == {"training_peak_rss_bytes"}
+    assert not list((tmp_path / "data" / "scratch").rglob("checkpoint.pt"))
+
+    index, params = music
+    test = evaluate_mixit.Test("music", index, params, MIXIT, None, "joint")
+    evaluated = evaluate_mixit.evaluate_mixit(
+        "tiny",
+        out,
+        tmp_path / "scores",
+        test=test,
+        params=evaluate_mixit.EvaluateMixitParams(
+            n_moms=4, n_mixtures=4, batch_size=2, pairs_per_part=4, bss=False, bss_filter_samples=16, n_examples=1,
+            device="cpu",
+        ),
+    )  # fmt: skip
+    assert (evaluated["status"], evaluated["steps"], evaluated["architecture"]) == ("out_of_memory", 0, "conv_tasnet")
+    assert "moms" not in evaluated
+    assert not [path for path in (tmp_path / "scores").rglob("*") if path.is_file()]
+    json.dumps(evaluated, allow_nan=False)
+
+
+def test_other_errors_stop_the_stage(train, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(mixit, "training_loss", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(entry())
+
+
+def test_a_loss_that_is_not_finite_names_the_tracks(train, monkeypatch):
+    loss, calls = mixit.training_loss, itertools.count()
+    monkeypatch.setattr(
+        mixit, "training_loss", lambda *arguments: loss(*arguments) * (float("nan") if next(calls) == 2 else 1)
+    )
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 2, batch: song\d \+ song\d, song\d \+ song"):
+        train(entry())
+
+
+@pytest.fixture(scope="module")
+def pretrained(music, tmp_path_factory):
+    index, params = music
+    out = tmp_path_factory.mktemp("pretrained") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DVC_ROOT", str(out.parent))
+        pretrain_performer.pretrain_performer(
+            index, out, out.with_suffix(".csv"), music=params, params=PRETRAIN, model=PERFORMER
+        )
+    return out
+
+
+def test_a_pretrained_entry_begins_with_the_pretrained_encoder(train, pretrained):
+    one = entry(pretrained=True, epochs=1e-9)  # one step
+    frozen = {"learning_rate": 1e-12, "final_learning_rate": 0.0, "weight_decay": 0.0}
+    out, config, _, _ = train(one, pretrained=pretrained, **frozen)
+    assert (config["steps"], config["pretrained"]) == (1, True)
+    weights, given = load_file(out / "weights.safetensors"), load_file(pretrained / "weights.safetensors")
+    assert len(given) > 10
+    for name, tensor in given.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-9)
+    plain = load_file(train(entry(epochs=1e-9), "plain", **frozen)[0] / "weights.safetensors")
+    assert not torch.allclose(plain["embed.weight"], given["embed.weight"])
+    assert torch.allclose(plain["head.weight"], weights["head.weight"])
+    # What is not pretrained takes its statistics from the training data.
+    assert plain["mean"].std() > 0
+    torch.testing.assert_close(plain["mean"], given["mean"], rtol=0.3, atol=0.3)
+
+
+def test_another_pretraining_is_another_run(train, pretrained, tmp_path, monkeypatch):
+    one, nothing = entry(pretrained=True), tmp_path / "nothing"
+    nothing.mkdir()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(pretrained / "weights.safetensors").items()}
+    mixit_config = (pretrained / "config.json").read_bytes()
+    (nothing / "config.json").write_bytes(mixit_config)
+    from safetensors.torch import save_file
+
+    save_file(zeros, nothing / "weights.safetensors")
+    undo = dies_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(one, "killed", pretrained=nothing, **EACH_STEP)
+    undo()
+    killed = train(one, "killed", pretrained=pretrained, **EACH_STEP)[0]
+    whole = train(one, "whole", pretrained=pretrained)[0]
+    assert (killed / FILES[0]).read_bytes() == (whole / FILES[0]).read_bytes()
+
+
+def test_what_nothing_pretrains_is_refused_by_name(train, pretrained):
+    with pytest.raises(ValueError, match="baseline is to be pretrained, but nothing pretrains conv_tasnet"):
+        train(entry("conv_tasnet", name="baseline", pretrained=True), pretrained=pretrained)
+    with pytest.raises(ValueError, match="tiny is to be pretrained"):
+        train(entry(pretrained=True))
+
+
+def test_pretraining_of_another_rate_or_size_is_refused(train, pretrained, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "weights.safetensors").write_bytes((pretrained / "weights.safetensors").read_bytes())
+    config = json.loads((pretrained / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"sample_rate": 44100}))
+    with pytest.raises(ValueError, match="tiny trains at 8000 Hz, and was pretrained at 44100 Hz"):
+        train(entry(pretrained=True), pretrained=other)
+    one = entry(pretrained=True)
+    wide = mixit.Entry(one.name, one.data, one.params, PERFORMER | {"dim": 32})
+    with pytest.raises(ValueError, match="has the shape"):
+        train(wide, pretrained=pretrained)
+
+
+def test_batches_of_several_lengths_are_learned_from_and_all_lengths_validate(train, monkeypatch):
+    met, loss = {True: [], False: []}, mixit.training_loss
+
+    def watched(separator, mixtures, *rest):
+        met[separator.training].append(tuple(mixtures.shape))
+        return loss(separator, mixtures, *rest)
+
+    monkeypatch.setattr(mixit, "training_loss", watched)
+    _, config, _, _ = train(entry(epochs=3.0, segment_seconds=None), validate_every_steps=100)
+    assert config["segment_seconds"] == [0.25, 0.5]
+    assert len(met[True]) == config["steps"] == 16  # 3 x 8 s, at 2 x 2 x 0.375 s a step
+    assert set(met[True]) == {(2, 2, 2000), (2, 2, 4000)}
+    assert met[False] == [(2, 2, 2000)] * 2 + [(2, 2, 4000)] * 2  # four of either length
+
+
+def test_what_the_training_took_is_told(train):
+    _, _, _, told = train(entry(epochs=2.0))
+    assert set(told) == {"seconds_per_audio_hour", "minutes_per_epoch", "training_peak_rss_bytes"}
+    # An epoch is the 8 s of the four tracks that are trained on, in whole steps of 2 x 2 x 0.25 s.
+    assert told["minutes_per_epoch"] * 60 == pytest.approx(told["seconds_per_audio_hour"] * 8 / 3600)
+    assert 0 < told["minutes_per_epoch"] < 1
+    assert told["training_peak_rss_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_the_stage_killed_by_a_signal_goes_on_from_its_checkpoint(music, tmp_path):
+    index, params = music
+    sections = {
+        "music": params.model_dump(),
+        "mixit": MIXIT.model_copy(update={"checkpoint_every_seconds": 0.2}).model_dump(),
+        "mixit_models": MODELS,
+        "mixit_music": {"tiny": entry(epochs=12.0).params.model_dump()},
+    }
+
+    def start(name):
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        YAML().dump(sections, directory / "params.yaml")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(directory)}
+        command = [sys.executable, "-m", "pipeline.stages.train_mixit", "tiny", "--data", "music"]
+        command += ["--source", str(index), "--out", "out", "--curve", "curve.csv"]
+        return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+
+    process = start("whole")
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    timings = json.loads((tmp_path / "whole" / "data" / "timings" / "train_mixit@tiny.json").read_text())
+    assert {"seconds", "minutes_per_epoch", "seconds_per_audio_hour"} <= set(timings)
+    process = start("killed")
+    while not list((tmp_path / "killed" / "data").rglob("checkpoint.pt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "out").exists()
+    process = start("killed")
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    assert "resumed at step" in log
+    for name in ("out/weights.safetensors", "out/config.json", "curve.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
