@@ -162,10 +162,10 @@ def train_mixit(
             heard_per_step = 2 * params.batch_size * sum(train.seconds) / len(train.seconds)
             told["seconds_per_audio_hour"] = fitted.seconds_per_step / heard_per_step * 3600
             told["minutes_per_epoch"] = fitted.seconds_per_step * train.steps(1.0, params.batch_size) / 60
-    told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     if device.type == "cuda":
-        told["cuda_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-        told["cuda_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        told["cuda_allocated_bytes"] = float(torch.cuda.max_memory_allocated(device))
+        told["cuda_reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
     write_json(finished / "config.json", config)
     publish(finished, out)
     shutil.rmtree(scratch)  # `dvc repro --force` must train again
