@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -141,10 +142,11 @@ def measure_memory(name: str, path: Path, learning_rate: float, inputs: tuple[Te
     """Bytes that two steps need above what there was before the first; alone in its process."""
     device = inputs[0].device
     step = Step(new(name, path), learning_rate, device)
+    keep_freed_memory()  # not before: what building leaves behind would be room for the steps
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     for _ in range(2):  # Adam's moments come with the first
         step(*inputs)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -163,7 +165,6 @@ def main() -> None:
     parser.add_argument("--memory", choices=NAMES, help="only the peak memory of this network, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
     device, path = torch.device(args.device), FULL if args.full else SMALL
     params, audio = load_params("train", TrainParams, path), load_params("audio", AudioParams, path)
     batch = args.batch or (2 if args.full and device.type != "cuda" else params.batch_size)
@@ -174,6 +175,7 @@ def main() -> None:
         print(json.dumps(measure_memory(args.memory, path, params.learning_rate, inputs)))
         return
 
+    keep_freed_memory()
     # First: Linux counts what the parent held at the fork into ru_maxrss, and here that is still little.
     memory: dict[str, dict[str, int]] = {}
     for name in NAMES:

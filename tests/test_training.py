@@ -1,6 +1,7 @@
 """The training loop: what is drawn, what is written, and that a resumed run is the uninterrupted one."""
 
 import csv
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.devices import choose_device
-from pipeline.training import build_optimizer, fit, learning_rate_factor, prefetch
+from pipeline.training import Fitted, Validation, build_optimizer, fit, learning_rate_factor, prefetch
 
 
 class Killed(Exception):
@@ -102,6 +103,158 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
 def test_the_network_learns(tmp_path):
     _, rows = run(tmp_path, steps=300)
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
+
+
+class Scripted:
+    """A network that is its own step counter, validates as it is told, and may be killed before a step.
+
+    `weight` loses its learning rate at each step, `mark` is what before_step last wrote there.
+    """
+
+    def __init__(self, tmp_path, name="run"):
+        self.scratch, self.curve = tmp_path / f"{name}-scratch", tmp_path / f"{name}.csv"
+        self.network = nn.Linear(1, 1, bias=False)
+        self.network.register_buffer("mark", torch.zeros(()))
+        nn.init.zeros_(self.network.weight)
+
+    def fit(self, says, *, steps=12, every=3, patience=0, kill_at=None, log_every=100) -> Fitted:
+        """`says` maps a step to its validation loss."""
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
+        self.modes, self.validated, self.told = [], [], []
+
+        def loss(n):
+            if n == kill_at:
+                raise Killed
+            self.modes.append(self.network.training)
+            return self.network.weight.sum()
+
+        def validation():
+            step = round(-self.network.weight.item())
+            assert not self.network.training
+            self.validated.append(step)
+            return says(step)
+
+        def before_step(n):
+            self.told.append(n)
+            if n % 4 == 0:
+                self.network.mark.fill_(n)
+
+        return fit(
+            self.network,
+            optimizer,
+            lambda n: n,
+            loss,
+            steps=steps,
+            learning_rate=lambda n: 1.0,
+            gradient_clip=0.0,
+            seed=0,
+            describe=str,
+            scratch=self.scratch,
+            curve=self.curve,
+            log_every_steps=log_every,
+            checkpoint_every_seconds=0.0,
+            validation=Validation(validation, every, patience) if says else None,
+            before_step=before_step,
+        )
+
+    @property
+    def state(self):
+        """(steps that the weights have seen, mark)."""
+        return round(-self.network.weight.item()), round(self.network.mark.item())
+
+    @property
+    def rows(self):
+        with self.curve.open() as file:
+            return [(row["step"], row["validation"]) for row in csv.DictReader(file)]
+
+
+def v_shaped(lowest):
+    return lambda step: float(abs(step - lowest))
+
+
+def test_the_weights_of_the_lowest_validation_are_kept(tmp_path):
+    run = Scripted(tmp_path)
+    fitted = run.fit(v_shaped(6), steps=11)
+    assert run.validated == [3, 6, 9, 11]  # also after the last step
+    assert (fitted.steps, fitted.best_step, fitted.best_validation) == (11, 6, 0.0)
+    assert run.state == (6, 4)  # with their buffers
+    assert run.rows == [("3", "3"), ("6", "0"), ("9", "3"), ("11", "5")]
+    assert all(run.modes)
+    assert not run.network.training
+
+
+def test_the_first_of_equal_validations_is_the_best(tmp_path):
+    run = Scripted(tmp_path)
+    assert run.fit(lambda step: 1.0, patience=3, steps=30).best_step == 3
+    assert run.validated == [3, 6, 9, 12]
+    assert run.state[0] == 3
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(0, 24), (1, 12), (2, 15), (4, 21)])
+def test_training_ends_after_so_many_validations_without_a_new_best(tmp_path, patience, steps):
+    run = Scripted(tmp_path)
+    fitted = run.fit(v_shaped(9), steps=24, patience=patience)
+    assert (fitted.steps, fitted.best_step) == (steps, 9)
+    assert run.state[0] == 9
+    assert run.rows[-1][0] == str(steps)
+
+
+def test_a_new_best_renews_the_patience(tmp_path):
+    says = {3: 5.0, 6: 6.0, 9: 4.0, 12: 6.0, 15: 6.0}
+    fitted = Scripted(tmp_path).fit(says.__getitem__, steps=60, patience=2)
+    assert (fitted.steps, fitted.best_step, fitted.best_validation) == (15, 9, 4.0)
+
+
+@pytest.mark.parametrize("kill_at", [1, 6, 7, 14])
+@pytest.mark.parametrize("patience", [0, 2])
+def test_killed_anywhere_it_keeps_the_same_weights_and_stops_at_the_same_step(tmp_path, kill_at, patience):
+    whole = Scripted(tmp_path, "whole")
+    expected = whole.fit(v_shaped(9), steps=20, patience=patience, log_every=2)
+    with pytest.raises(Killed):
+        Scripted(tmp_path, "killed").fit(v_shaped(9), steps=20, patience=patience, log_every=2, kill_at=kill_at)
+    killed = Scripted(tmp_path, "killed")
+    found = killed.fit(v_shaped(9), steps=20, patience=patience, log_every=2)
+    assert killed.told[0] == kill_at
+    assert (found.steps, found.best_step, found.best_validation) == (expected.steps, expected.best_step, 0.0)
+    assert killed.state == whole.state == (9, 8)
+    assert killed.curve.read_bytes() == whole.curve.read_bytes()
+
+
+def test_a_run_killed_after_its_patience_ended_takes_no_further_step(tmp_path):
+    run = Scripted(tmp_path, "killed")
+    # As if killed between the last checkpoint and the curve.
+    run.fit(v_shaped(3), steps=60, patience=2)
+    again = Scripted(tmp_path, "killed")
+    fitted = again.fit(v_shaped(3), steps=60, patience=2)
+    assert (fitted.steps, fitted.best_step, fitted.seconds_per_step) == (9, 3, None)
+    assert again.validated == again.told == []
+    assert again.state[0] == 3
+
+
+def test_before_every_step_the_model_may_change_as_a_function_of_its_number(tmp_path):
+    run = Scripted(tmp_path)
+    fitted = run.fit(None, steps=10)
+    assert run.told == list(range(10))
+    assert run.state == (10, 8)
+    assert (fitted.steps, fitted.best_step, fitted.best_validation) == (10, 10, None)
+    assert fitted.seconds_per_step > 0
+
+
+def test_the_curve_has_a_validation_column_only_where_something_validates(tmp_path):
+    run = Scripted(tmp_path)
+    run.fit(None, steps=4)
+    assert run.curve.read_text().splitlines()[0] == "step,loss,gradient_norm,learning_rate"
+    validated = Scripted(tmp_path, "validated")
+    validated.fit(v_shaped(3), steps=5, log_every=2)
+    assert validated.rows == [("2", ""), ("3", "0"), ("4", ""), ("5", "2")]
+
+
+def test_validation_does_not_count_as_time_of_the_steps(tmp_path):
+    def slow(step):
+        time.sleep(0.2)
+        return 1.0
+
+    assert Scripted(tmp_path).fit(slow, steps=3, every=1).seconds_per_step < 0.15
 
 
 def test_warm_up_is_piecewise_constant_as_in_uss():

@@ -58,6 +58,7 @@ class EvaluateMixitParams(Params):
 
     n_moms: int = Field(gt=0)
     n_mixtures: int = Field(ge=0)
+    max_stems: int = Field(ge=2)
     batch_size: int = Field(gt=0)
     pairs_per_part: int = Field(gt=0)
     bss: bool
@@ -95,7 +96,7 @@ def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tens
     return estimates.float(), masks.float()
 
 
-def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int) -> Iterator[MomBatch]:
+def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, max_stems: int) -> Iterator[MomBatch]:
     """The first n mixtures of mixtures of the test data, the same for every entry of this segment length.
 
     purpose TEST: stems in random subsets, as in training. SINGLE: all stems that sound, up to max_stems.
@@ -104,7 +105,7 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int) -
         "seconds": [seconds],
         "seed": seed_of(test.mixit.seed, purpose),
         "batch_size": batch_size,
-        "max_stems": test.mixit.max_stems,
+        "max_stems": max_stems,
         "snr_range": test.mixit.mom_snr_range,
     }
     if test.music is None:
@@ -122,7 +123,7 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int) -
 def score_moms(separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str) -> pd.DataFrame:
     """A row per mixture of mixtures: its scores, and where x1 came from."""
     rows: list[pd.DataFrame] = []
-    for batch in batches(test, seconds, mixit.TEST, params.n_moms, params.batch_size):
+    for batch in batches(test, seconds, mixit.TEST, params.n_moms, params.batch_size, test.mixit.max_stems):
         mixtures = torch.from_numpy(batch.mixtures).to(device)
         found = mom_scores(*separate(separator, mixtures.sum(dim=1)), mixtures)
         rows.append(pd.DataFrame({"source": [first for first, _ in batch.track_ids], **found}))
@@ -135,7 +136,9 @@ def score_mixtures(
     """A row per single mixture of two stems or more, and the first few mixtures as sounds with all outputs."""
     rows: list[pd.DataFrame] = []
     described: list[dict[str, Any]] = []
-    for k, batch in enumerate(batches(test, seconds, mixit.SINGLE, params.n_mixtures, params.batch_size)):
+    for k, batch in enumerate(
+        batches(test, seconds, mixit.SINGLE, params.n_mixtures, params.batch_size, params.max_stems)
+    ):
         known = np.flatnonzero(batch.n_stems[: params.n_mixtures - k * params.batch_size, 0] >= 2)
         if not len(known):
             continue
