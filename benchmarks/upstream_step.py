@@ -20,6 +20,7 @@ gradients, Adam's moments, and what libraries keep; the median of `--memory-runs
 """
 
 import argparse
+import ctypes
 import json
 import resource
 import statistics
@@ -142,7 +143,11 @@ def measure_memory(name: str, path: Path, learning_rate: float, inputs: tuple[Te
     """Bytes that two steps need above what there was before the first; alone in its process."""
     device = inputs[0].device
     step = Step(new(name, path), learning_rate, device)
-    keep_freed_memory()  # not before: what building leaves behind would be room for the steps
+    # What building has freed goes back first: it would be room for the steps, and not be counted.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    keep_freed_memory()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

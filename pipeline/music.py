@@ -584,7 +584,7 @@ class MomStream:
             snr_db[i] = np.random.default_rng([self._seed, 3, item]).uniform(*self._snr_range)
             gain = _gain(mixtures[i, 0], mixtures[i, 1], float(snr_db[i]))
             mixtures[i, 1] *= gain
-            stems[i, 1] *= gain
+            stems[i, 1, : n_stems[i, 1]] *= gain
             names.append((named[0], named[1]))
         return MomBatch(mixtures, stems, n_stems, tuple(self.describe(n)), tuple(names), snr_db)
 

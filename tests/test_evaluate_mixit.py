@@ -25,7 +25,7 @@ from tests.tiny_mixit import MIXIT, MODELS, RATE, write_music
 CLASSES = (3, 72, 137, 300, 420, 506)
 PARAMS = EvaluateMixitParams(
     n_moms=7,
-    n_mixtures=5,
+    n_mixtures=8,
     max_stems=3,
     batch_size=3,
     pairs_per_part=4,

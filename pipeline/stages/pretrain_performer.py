@@ -7,8 +7,8 @@ separators train on: the report's "entire corpus" would show them the test track
 import argparse
 import json
 import logging
+import math
 import shutil
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,12 @@ def pretrain_performer(
 
     def validation_loss() -> float:
         moms = held_out.moms[0]
-        n_batches = min(moms.n_batches, ceil(params.n_validation_mixtures / max(2, params.batch_size)))
+        n_batches = min(moms.n_batches, math.ceil(params.n_validation_mixtures / max(2, params.batch_size)))
         with torch.inference_mode():
-            return sum(float(loss((n, _single(held_out, n)))) for n in range(n_batches)) / n_batches
+            value = sum(float(loss((n, _single(held_out, n)))) for n in range(n_batches)) / n_batches
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the validation loss is {value}")
+        return value
 
     def redraw(n: int) -> None:
         if params.redraw_every_steps and n and n % params.redraw_every_steps == 0:

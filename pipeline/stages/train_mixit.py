@@ -8,9 +8,9 @@ weights it would have had. Memory giving out is a result, which is written; the 
 import argparse
 import json
 import logging
+import math
 import resource
 import shutil
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,12 @@ def train_mixit(
         total, count = 0.0, 0
         with torch.inference_mode():
             for moms in held_out.moms:
-                for n in range(min(moms.n_batches, ceil(params.n_validation_moms / params.batch_size))):
+                for n in range(min(moms.n_batches, math.ceil(params.n_validation_moms / params.batch_size))):
                     batch = moms.batch(n)
                     total += float(loss(batch)) * len(batch.mixtures)
                     count += len(batch.mixtures)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{entry.name}: the validation loss is {total}")
         return total / count
 
     def redraw(n: int) -> None:
