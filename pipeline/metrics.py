@@ -101,13 +101,44 @@ def bss_eval(
     copies of each other (NaN), and levels below 1e-6 (right, since everything is brought to unit RMS first).
     float32 is off by up to 0.8 dB, and conjugate gradients by up to 17 dB, on tonal sounds: neither is used.
     """
+    to_each, to_all = _coherences(estimates, references, filter_samples)
+    return _scores(to_each[:, 0], to_all)
+
+
+def bss_eval_sources(
+    estimates: Float[Tensor, "batch estimates time"],
+    references: Float[Tensor, "batch sources time"],
+    *,
+    filter_samples: int,
+) -> BssEval:
+    """The same with an estimate of every reference, in the order of the references: each is interfered by the others.
+
+    One factorisation for all of an item's sources: of four, a quarter of the time of `bss_eval` for one by one.
+    """
+    if estimates.shape[1] != references.shape[1]:
+        raise ValueError(f"{estimates.shape[1]} estimates of {references.shape[1]} sources: one of each is needed")
+    to_each, to_all = _coherences(estimates, references, filter_samples)
+    return _scores(to_each.diagonal(dim1=1, dim2=2), to_all)
+
+
+def _scores(to_target: Float[Tensor, "batch estimates"], to_all: Float[Tensor, "batch estimates"]) -> BssEval:
+    return BssEval(sdr=_decibels(to_target), sir=_decibels(to_target / to_all), sar=_decibels(to_all))
+
+
+def _coherences(
+    estimates: Float[Tensor, "batch estimates time"],
+    references: Float[Tensor, "batch sources time"],
+    filter_samples: int,
+) -> tuple[Float[Tensor, "batch sources estimates"], Float[Tensor, "batch estimates"]]:
+    """Shares of each estimate's energy in the shifts of each reference, and in those of all; NaN where undefined."""
     estimates, references = estimates.double(), references.double()
     loudness = _rms(references)
     audible = (loudness > SILENCE_RATIO * loudness.amax(dim=-1, keepdim=True)) & loudness.isfinite()
     valid_item = audible.all(dim=-1)
     valid = valid_item[:, None] & (_rms(estimates) > 0) & estimates.isfinite().all(dim=-1)
 
-    coherence = estimates.new_full((2, *estimates.shape[:2]), torch.nan)
+    to_each = estimates.new_full((len(estimates), references.shape[1], estimates.shape[1]), torch.nan)
+    to_all = estimates.new_full(estimates.shape[:2], torch.nan)
     index = valid_item.nonzero()[:, 0]
     at_once = BSS_ITEMS_AT_ONCE[estimates.device.type]
     for start in range(0, len(index), at_once):
@@ -115,19 +146,18 @@ def bss_eval(
         # An estimate without a score is replaced by one that has one, for the solver's sake.
         stand_in = references[items, :1]
         estimate = torch.where(valid[items, :, None], estimates[items], stand_in)
-        coherence[:, items] = _coherence(_unit_rms(estimate), _unit_rms(references[items]), filter_samples)
-    coherence[:, ~valid] = torch.nan
-
-    to_target, to_all = coherence
-    return BssEval(sdr=_decibels(to_target), sir=_decibels(to_target / to_all), sar=_decibels(to_all))
+        found = _coherence(_unit_rms(estimate), _unit_rms(references[items]), filter_samples)
+        to_each[items], to_all[items] = found
+    to_all = torch.where(valid, to_all, torch.nan)
+    return torch.where(valid[:, None], to_each, torch.nan), to_all
 
 
 def _coherence(
     estimates: Float[Tensor, "batch estimates time"],
     references: Float[Tensor, "batch sources time"],
     filter_samples: int,
-) -> Float[Tensor, "2 batch estimates"]:
-    """Share of each estimate's energy in the shifts of the first reference, and in those of all references."""
+) -> tuple[Float[Tensor, "batch sources estimates"], Float[Tensor, "batch estimates"]]:
+    """Those of items whose signals all sound; NaN for an item whose references are copies of each other."""
     n_estimates = estimates.shape[1]
     # The references are projected too, as further estimates, to see whether one is a filtered copy of another.
     signals = torch.cat([estimates, references], dim=1)
@@ -136,13 +166,16 @@ def _coherence(
             to_each, to_all = square_cosine_metrics(references, signals, filter_length=filter_samples)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # Singular: of which item, it does not say.
         if len(references) == 1:
-            return estimates.new_full((2, 1, n_estimates), torch.nan)
-        items = [slice(i, i + 1) for i in range(len(references))]
-        return torch.cat([_coherence(estimates[i], references[i], filter_samples) for i in items], dim=1)
+            to_all = estimates.new_full((1, n_estimates), torch.nan)
+            return to_all[:, None].expand(-1, references.shape[1], -1), to_all
+        found = [_coherence(e[None], r[None], filter_samples) for e, r in zip(estimates, references, strict=True)]
+        return torch.cat([each for each, _ in found]), torch.cat([every for _, every in found])
     kinship = to_each[:, :, n_estimates:] - torch.eye(references.shape[1], dtype=to_each.dtype, device=to_each.device)
     independent = (kinship < DEPENDENCE).all(dim=(1, 2))
-    coherence = torch.stack([to_each[:, 0, :n_estimates], to_all[:, 0, :n_estimates]])
-    return torch.where(independent[:, None], coherence, torch.nan)
+    return (
+        torch.where(independent[:, None, None], to_each[:, :, :n_estimates], torch.nan),
+        torch.where(independent[:, None], to_all[:, 0, :n_estimates], torch.nan),
+    )
 
 
 @contextmanager

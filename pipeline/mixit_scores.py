@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.losses import MAX_ASSIGNMENTS, Search, best_assignment, mixit_loss, remix
 from pipeline.mask_metrics import effective_sources, mask_energies, mask_overlap, signal_energies
-from pipeline.metrics import bss_eval, sdr, si_sdr
+from pipeline.metrics import bss_eval_sources, sdr, si_sdr
 from pipeline.reporting.statistics import cluster_bootstrap, finite_mean, interval
 
 MAX_SNR_DB = 30.0  # of the mixture-of-mixtures SNR, as of the training loss
@@ -87,14 +87,9 @@ def stem_scores(
         found["si_snri"][rows] = finite_mean((got - had).cpu().numpy())
         if bss_filter_samples is None:
             continue
-        scores: dict[str, list[np.ndarray]] = {"sdr": [], "sir": [], "sar": []}
-        for k in range(count):
-            order = [k, *(other for other in range(count) if other != k)]
-            bss = bss_eval(outputs[:, k : k + 1], references[:, order], filter_samples=bss_filter_samples)
-            for name, values in scores.items():
-                values.append(getattr(bss, name)[:, 0].cpu().numpy())
-        for name, values in scores.items():
-            found[name][rows] = finite_mean(np.stack(values, axis=1))
+        bss = bss_eval_sources(outputs, references, filter_samples=bss_filter_samples)
+        for name in ("sdr", "sir", "sar"):
+            found[name][rows] = finite_mean(getattr(bss, name).cpu().numpy())
     return found
 
 

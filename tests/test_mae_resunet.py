@@ -31,6 +31,7 @@ SETTINGS = {
     "unfreeze_step": 0,
     "drop_path": 0.0,
     "bf16_frozen": False,
+    "context": "anchor",
 }
 SIZES = {"dim": 64, "depth": 2, "heads": 2}
 FUSIONS = ["freq", "channel", "deep", "film", "attention", "none"]
@@ -96,7 +97,7 @@ def test_the_published_fusion_has_its_columns_and_masks_nyquist():
     model.unet.enter.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
     mixture, query = batch(64000)
     spectrum = torch.randn(2, 201, 513, dtype=torch.complex64)
-    logits = model.logits(spectrum, mixture, query)
+    logits = model.logits(spectrum, model.steps(mixture), query, 0, 201)
     assert widths == [(2, 1, 224, 576)]
     assert logits.shape == (2, 3, 224, 513)
 
@@ -115,6 +116,45 @@ def test_features_stand_at_the_frames_they_belong_to():
     assert model.frames(steps, 14, stride=16)[0, :, 0].tolist() == list(range(14))
     tiled = build(fusion="channel", repeat="tile").eval()
     assert tiled.frames(steps, 30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_part_has_the_features_that_its_rows_have_in_the_whole(fusion):
+    """What the U-Net is given for rows 64 to 95 of 201, beside the STFT, is what it is given there in evaluation."""
+    mixture, query = batch(64000)
+    first, rows = 64, 32
+    samples = slice(first * 320, first * 320 + 31 * 320)
+    model = build(fusion=fusion).eval()
+    assert model(mixture, query, samples).shape == (2, 31 * 320)
+    assert torch.equal(model(mixture, query), model(mixture, query, slice(0, 64000)))
+    if fusion == "none":
+        assert torch.equal(model(mixture, query, samples), model(mixture[:, samples], query))
+        return
+    if fusion == "film":  # one vector for all rows
+        return
+    if fusion == "attention":
+        places = []
+        model.look_up.attention.register_forward_pre_hook(lambda module, args: places.append(args[0]))
+        model.look_up(torch.zeros(2, 4, 7, 8), model.steps(mixture), (0.0, 7))
+        model.look_up(torch.zeros(2, 4, 1, 8), model.steps(mixture), (2.0, 7))
+        torch.testing.assert_close(places[1][:, 0], places[0][:, 2])
+        return
+    steps, seen = model.steps(mixture), []
+    model.frames = lambda *args, **options: seen.append(type(model).frames(model, *args, **options)) or seen[-1]
+    model(mixture, query)
+    model(mixture, query, samples)
+    stride = 16 if fusion == "deep" else 1
+    assert len(seen) == 2
+    assert seen[0].shape[1] == 224 // stride
+    assert torch.equal(seen[1], seen[0][:, first // stride : (first + rows) // stride])
+    assert not torch.equal(seen[1], seen[0][:, : rows // stride])
+    assert steps.shape[0] == 2
+
+
+def test_training_shows_the_encoder_the_anchor_or_the_segment():
+    assert build(fusion="freq").hears_whole
+    assert not build(fusion="freq", context="segment").hears_whole
+    assert not build(fusion="none").hears_whole
 
 
 def test_frozen_is_frozen():

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import bss_eval, sdr, sdr_improvement, si_sdr
+from pipeline.metrics import bss_eval, bss_eval_sources, sdr, sdr_improvement, si_sdr
 
 GOLDEN = Path(__file__).parent / "golden" / "bss.npz"
 LOG2_GAINS = st.integers(min_value=-10, max_value=10)
@@ -275,3 +275,35 @@ def test_sounds_shorter_than_the_filter_are_scored():
 def test_a_batch_of_silence_has_no_scores():
     assert scores(bss_eval(torch.zeros(2, 1, 100), torch.zeros(2, 2, 100), filter_samples=16)).isnan().all()
     assert bss_eval(torch.zeros(0, 2, 100), torch.zeros(0, 2, 100), filter_samples=16).sdr.shape == (0, 2)
+
+
+def test_all_sources_at_once_have_the_scores_of_one_by_one():
+    """Of three sources; a silent estimate and an item whose sources are copies have none, as alone."""
+    white = noise(3, 3, 2002, seed=5)
+    references = white[..., 2:] + 0.9 * white[..., 1:-1] + 0.5 * white[..., :-2]
+    estimates = references + 0.3 * references.roll(1, dims=1) + 0.1 * noise(3, 3, 2000, seed=6)
+    estimates[0, 1] = 0
+    references[2, 2] = references[2, 0]
+    found = scores(bss_eval_sources(estimates, references, filter_samples=64))
+    for source in range(3):
+        rolled = references.roll(-source, dims=1)
+        alone = scores(bss_eval(estimates[:, source : source + 1], rolled, filter_samples=64))[:, 0]
+        torch.testing.assert_close(found[:, source], alone, rtol=0, atol=1e-6, equal_nan=True)
+    assert found[0, 1].isnan().all()
+    assert found[2].isnan().all()
+    assert found[0, [0, 2]].isfinite().all()
+    assert found[1].isfinite().all()
+
+
+def test_all_sources_at_once_equal_mir_eval():
+    references, estimates = mixtures(n=1)
+    estimates = torch.stack([estimates[:, 0], references[:, 1] + 0.4 * estimates[:, 0]], dim=1)
+    found = scores(bss_eval_sources(estimates, references, filter_samples=512))[0]
+    for source in range(2):
+        expected = mir_eval_scores(estimates[0, source], references[0].roll(-source, dims=0))
+        np.testing.assert_allclose(found[source], expected, atol=1e-3)
+
+
+def test_an_estimate_of_each_source_is_needed():
+    with pytest.raises(ValueError, match="1 estimates of 2 sources"):
+        bss_eval_sources(torch.zeros(1, 1, 100), torch.zeros(1, 2, 100), filter_samples=16)

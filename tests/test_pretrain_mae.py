@@ -191,7 +191,7 @@ UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4] * 6, "norm_momentum": 
 SETTINGS = {
     **{"upstream": "mae", "mae_input": "crop", "layers": "auto", "repeat": "interleave", "fusion": "film"},
     **{"lora_rank": 0, "encoder_learning_rate": 1e-3, "encoder_weight_decay": 0.0, "layer_decay": 1.0},
-    **{"unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False},
+    **{"unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
 }
 
 

@@ -20,7 +20,7 @@ TINY = {
         **{"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0},
         **{"upstream": "mae", "freeze_mae": False, "mae_input": "crop", "layers": "last", "repeat": "interleave"},
         **{"fusion": "freq", "lora_rank": 0, "encoder_learning_rate": 1e-4, "encoder_weight_decay": 5e-4},
-        **{"layer_decay": 0.75, "unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False},
+        **{"layer_decay": 0.75, "unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
         "upstream_config": {"mae_input": "crop", "dim": 16, "depth": 2, "heads": 2},
     },
 }

@@ -13,6 +13,10 @@ film        their mean over time, one Linear, added to the query
 attention   the rows of the bottleneck (32 frames) look the steps up: cross attention over time, added to all bins
 none        they do not: the baseline
 
+In evaluation the encoder hears the whole mixture, and the features of its frames depend on where they stand (in `freq`
+with pad1024 a row's features are not even of its own time). Trained on parts of mixtures, the encoder hears the whole
+all the same, and the features of the part's rows are taken (`context: anchor`); with `segment` it hears the part alone.
+
 deep, film and attention begin with zero weights: as the baseline. Every feature vector is brought to zero mean and unit
 variance first. For the same seed the U-Net begins with the baseline's weights, whatever the fusion.
 """
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Params
 from pipeline.separators import resunet
+from pipeline.separators.resunet import FRAMES_MULTIPLE
 from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine
 
 Fusion = Literal["freq", "channel", "deep", "film", "attention", "none"]
@@ -52,6 +57,7 @@ class Settings(Params):
     unfreeze_step: int = Field(ge=0)
     drop_path: float = Field(ge=0, lt=1)
     bf16_frozen: bool
+    context: Literal["anchor", "segment"]
 
     @model_validator(mode="after")
     def _adapters_learn(self) -> "Settings":
@@ -177,6 +183,11 @@ class Separator(resunet.Separator):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(self.upstream.lora_targets))
         inject_adapter_in_model(config, self.upstream)  # its own weights no longer need gradients
 
+    @property
+    def hears_whole(self) -> bool:
+        """Whether training shows it all of a mixture, of which it separates a part."""
+        return self.settings.fusion != "none" and self.settings.context == "anchor"
+
     def steps(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch steps dim"]:
         """The upstream's features of each mixture, normed, float32.
 
@@ -190,48 +201,66 @@ class Separator(resunet.Separator):
         return F.layer_norm(h, h.shape[-1:])
 
     def frames(
-        self, steps: Float[Tensor, "batch steps dim"], n: int, stride: int = 1
+        self, steps: Float[Tensor, "batch steps dim"], n: int, stride: int = 1, first: int = 0
     ) -> Float[Tensor, "batch {n} dim"]:
-        """The step of each of n rows, a row being `stride` frames of the STFT."""
+        """The step of each of n rows from row `first` on, a row being `stride` frames of the STFT."""
         per_second = SAMPLE_RATE / self.hop_length
         per_row = self.upstream.frames_per_step * per_second / FRAME_RATE / stride
-        return align(steps, per_row, n, self.settings.repeat)
+        return align(steps, per_row, n, self.settings.repeat, first)
+
+    def forward(
+        self,
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+        part: slice = slice(None),
+    ) -> Float[Tensor, "batch part"]:
+        """What each query asks for in this part of its mixture; the encoder hears all of the mixture."""
+        if self.settings.fusion == "none":
+            return super().forward(mixture[:, part], query)
+        steps = self.steps(mixture)
+        first, total = round((part.start or 0) / self.hop_length), 1 + mixture.shape[1] // self.hop_length
+        return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, steps, query, first, total))
 
     def logits(
         self,
         spectrum: Complex[Tensor, "batch frames bins"],
-        mixture: Float[Tensor, "batch time"],
+        steps: Float[Tensor, "batch steps dim"],
         query: Float[Tensor, "batch query_dim"],
+        first: int,
+        total: int,
     ) -> Float[Tensor, "batch 3 padded_frames masked_bins"]:
-        """The U-Net's, on STFT and features."""
+        """What the mask is made of: the U-Net on STFT and features, from frame `first` on of `total`."""
         fusion = self.settings.fusion
-        if fusion == "none":
-            return super().logits(spectrum, mixture, query)
-        steps = self.steps(mixture)
         if fusion == "freq":
-            return self._side_by_side(spectrum, steps, query)
+            return self._side_by_side(spectrum, steps, query, first)
         plane = self.plane(spectrum)
         rows = plane.shape[2]
         if fusion == "channel":
-            second = self.project(self.frames(steps, rows))[:, None].float()
+            second = self.project(self.frames(steps, rows, first=first))[:, None].float()
             return self.unet(torch.cat([plane, second], dim=1), query)
         if fusion == "film":
             return self.unet(plane, query + self.project(steps.mean(dim=1)).to(query.dtype))
         if fusion == "deep":
-            added = self.project(self.frames(steps, -(-rows // 16), stride=16)).transpose(1, 2)[..., None]
+            found = self.frames(steps, -(-rows // 16), stride=16, first=first // 16)
+            added = self.project(found).transpose(1, 2)[..., None]
             return self.unet(plane, query, lambda level, h: h + added.to(h.dtype) if level == DEEP_LEVEL else h)
-        return self.unet(plane, query, lambda level, h: self.look_up(h, steps) if level == BOTTLENECK_LEVEL else h)
+        # Where the bottleneck's rows stand in the mixture; both lengths end as the U-Net's do, at 32 frames.
+        span = (first / FRAMES_MULTIPLE, -(-total // FRAMES_MULTIPLE))
+        return self.unet(
+            plane, query, lambda level, h: self.look_up(h, steps, span) if level == BOTTLENECK_LEVEL else h
+        )
 
     def _side_by_side(
         self,
         spectrum: Complex[Tensor, "batch frames bins"],
         steps: Float[Tensor, "batch steps dim"],
         query: Float[Tensor, "batch query_dim"],
+        first: int,
     ) -> Float[Tensor, "batch 3 padded_frames bins"]:
         """The published fusion. With it Nyquist has a mask."""
         plane = self.normed(spectrum)
         rows, bins = plane.shape[2:]
-        plane = torch.cat([plane, self.frames(steps, rows)[:, None]], dim=3)[..., :-1]
+        plane = torch.cat([plane, self.frames(steps, rows, first=first)[:, None]], dim=3)[..., :-1]
         # Nothing to add for the published widths.
         plane = F.pad(plane, (0, -plane.shape[3] % resunet.BINS_MULTIPLE))
         return self.unet(plane, query)[..., :bins]
@@ -247,19 +276,25 @@ class LookUp(nn.Module):
         _silent(self.attention.out_proj)
 
     def forward(
-        self, h: Float[Tensor, "batch channels rows bins"], steps: Float[Tensor, "batch steps dim"]
+        self,
+        h: Float[Tensor, "batch channels rows bins"],
+        steps: Float[Tensor, "batch steps dim"],
+        span: tuple[float, int],
     ) -> Float[Tensor, "batch channels rows bins"]:
-        """Keep the shape; the same for all bins of a row."""
+        """Keep the shape; the same for all bins of a row. `span`: the first row's place, of how many in the mixture."""
         with torch.autocast(h.device.type, enabled=False):
             rows = h.float().mean(dim=3).transpose(1, 2)
-            found, _ = self.attention(rows + _time(rows), steps + _time(steps), steps, need_weights=False)
+            found, _ = self.attention(rows + _time(rows, *span), steps + _time(steps), steps, need_weights=False)
         return h + found.transpose(1, 2)[..., None].to(h.dtype)
 
 
-def _time(x: Float[Tensor, "batch n dim"]) -> Float[Tensor, "n dim"]:
-    """Where in the mixture each of n vectors lies, from 0 to 1, as sines and cosines of 1 to 32 half turns."""
+def _time(x: Float[Tensor, "batch n dim"], first: float = 0, total: int | None = None) -> Float[Tensor, "n dim"]:
+    """Where in the mixture each of n vectors lies, from 0 to 1, as sines and cosines of 1 to 32 half turns.
+
+    They are number `first` and on of `total`; all there are, if it is not said.
+    """
     n, dim = x.shape[1:]
-    place = (torch.arange(n, device=x.device) + 0.5) / n
+    place = (torch.arange(n, device=x.device) + first + 0.5) / (total or n)
     turns = torch.pi * 32 ** torch.linspace(0, 1, -(-dim // 2), device=x.device)
     angle = place[:, None] * turns
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]

@@ -185,24 +185,24 @@ class Separator(nn.Module):
         self, mixture: Float[Tensor, "batch time"], query: Float[Tensor, "batch query_dim"]
     ) -> Float[Tensor, "batch time"]:
         """The part of each mixture that its query asks for."""
+        return self.masked(mixture, lambda spectrum: self.unet(self.plane(spectrum), query))
+
+    def masked(
+        self, mixture: Float[Tensor, "batch time"], logits: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch time"]:
+        """The mixture through the mask of `logits(spectrum)`, (batch, 3, padded_frames, masked_bins).
+
+        A separator that knows more of the mixture than its STFT starts here.
+        """
         length = mixture.shape[-1]
         # Reflection at the ends needs more samples than half a window; shorter mixtures get silence behind them.
         padded = pad_to(mixture, self.n_fft // 2 + 1)
         spectrum = stft(padded, n_fft=self.n_fft, hop_length=self.hop_length)
-        mask = self.mask(self.logits(spectrum, mixture, query), frames=spectrum.shape[1])
+        mask = self.mask(logits(spectrum), frames=spectrum.shape[1])
         # Nyquist has no mask: it was dropped on the way in, and is silent in the published network too.
         bins = mask.shape[-1]
         estimate = F.pad(spectrum[..., :bins] * mask, (0, spectrum.shape[-1] - bins))
         return istft(estimate, n_fft=self.n_fft, hop_length=self.hop_length, length=padded.shape[-1])[:, :length]
-
-    def logits(
-        self,
-        spectrum: Complex[Tensor, "batch frames bins"],
-        mixture: Float[Tensor, "batch time"],
-        query: Float[Tensor, "batch query_dim"],
-    ) -> Float[Tensor, "batch 3 padded_frames masked_bins"]:
-        """What `mask` makes a mask of. A separator that knows more of the mixture than its STFT starts here."""
-        return self.unet(self.plane(spectrum), query)
 
     def plane(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch 1 padded_frames even_bins"]:
         """What the U-Net sees: magnitudes normalised per bin, without Nyquist, and then silence up to 32 frames."""

@@ -7,10 +7,13 @@ probe after it is what it forgot of the labels; for a frozen one the two are equ
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline import upstreams
 from pipeline.config import AudioParams, load_params
@@ -38,7 +41,8 @@ def probe(
     if model["upstream"] == "mae":
         start = upstreams.build("mae", **model["upstream_config"])
         start.load_state_dict(upstreams.read("mae", model, pretrained)[1] or {})
-        encoders.append(start)
+        if not _equal(encoders[0].state_dict(), start.state_dict()):
+            encoders.append(start)
     found = probe_upstreams(
         encoders,
         ClipReader(train, audio.sample_rate),
@@ -47,8 +51,8 @@ def probe(
         clip_samples=round(audio.clip_seconds * audio.sample_rate),
         device=choose_device("auto"),
     )
-    # An encoder that is not ours and did not learn is what it was; where it learnt, what it was is not at hand.
-    before = found[-1] if len(found) > 1 or model["freeze_mae"] else None
+    # An encoder that did not learn is what it was; where one that is not ours learnt, what it was is not at hand.
+    before = found[-1] if len(found) > 1 or model["freeze_mae"] or model["upstream"] == "mae" else None
     return {
         "upstream": model["upstream"],
         "freeze_mae": model["freeze_mae"],
@@ -56,6 +60,10 @@ def probe(
         "before": None if before is None else described(before),
         "difference": None if before is None else difference(found[0], before),
     }
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def main() -> None:

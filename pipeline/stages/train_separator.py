@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field, field_validator
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -95,8 +96,23 @@ class Plan:
     upstream: dict[str, Tensor] | None = None  # pretrained weights of its upstream; None: it has none
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Mixtures, what is asked for in a part of them, and the queries that ask."""
+
+    mixture: Float[Tensor, "batch time"]
+    part: slice  # of the samples
+    target: Float[Tensor, "batch part"]
+    query: Float[Tensor, "batch query_dim"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        mixture, target, query = (t.to(device, non_blocking=True) for t in (self.mixture, self.target, self.query))
+        return Batch(mixture, self.part, target, query)
+
+
 class Batches:
-    """Batch n of training, a pure function of (seed, n): mixtures, targets and queries, float32."""
+    """Batch n of training, a pure function of (seed, n), float32."""
 
     def __init__(
         self, anchors: Path, pairs: PairsParams, *, seed: int, batch_size: int, segment_seconds: float
@@ -112,11 +128,8 @@ class Batches:
                 f"the anchors of {anchors} have {self.index.segment_samples}"
             )
 
-    def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(mixture (batch, time), target (batch, time), query (batch, query_dim)) of batch n.
-
-        Mixed from whole anchors, as in evaluation; then a part of `segment_seconds`, from anywhere in them, is cut out.
-        """
+    def load(self, n: int) -> Batch:
+        """Batch n, mixed from whole anchors, as in evaluation; the part is `segment_seconds` from anywhere in them."""
         targets, interferers = self.stream.batch(n, self.batch_size)
         target, interferer = (
             torch.from_numpy(np.stack([self.reader.waveform(row) for row in rows])) for rows in (targets, interferers)
@@ -134,7 +147,7 @@ class Batches:
             np.random.default_rng([self.seed, n]).integers(mixture.shape[1] - self.segment_samples, endpoint=True)
         )
         part = slice(start, start + self.segment_samples)
-        return mixture[:, part], target[:, part], query
+        return Batch(mixture, part, target[:, part], query)
 
     def describe(self, n: int) -> str:
         """The anchors of batch n, for an error message."""
@@ -152,11 +165,14 @@ def train(
     device = choose_device(params.device)
     model.to(device)
 
-    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        mixture, target, query = (tensor.to(device, non_blocking=True) for tensor in batch)
+    def loss(batch: Batch) -> Tensor:
+        batch = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
-            estimate = model(mixture, query)
-        return l1_loss(estimate.float(), target).mean()
+            if getattr(model, "hears_whole", False):
+                estimate = model(batch.mixture, batch.query, batch.part)
+            else:
+                estimate = model(batch.mixture[:, batch.part], batch.query)
+        return l1_loss(estimate.float(), batch.target).mean()
 
     groups = getattr(model, "parameter_groups", None)
     parameters = model.parameters() if groups is None else groups(params.learning_rate)

@@ -119,12 +119,17 @@ def combine(
 
 
 def align(
-    steps: Float[Tensor, "batch steps dim"], frames_per_step: float, frames: int, repeat: Repeat = "interleave"
+    steps: Float[Tensor, "batch steps dim"],
+    frames_per_step: float,
+    frames: int,
+    repeat: Repeat = "interleave",
+    first: int = 0,
 ) -> Float[Tensor, "batch {frames} dim"]:
-    """The step of each 10-ms frame: frame j takes step floor(j / frames_per_step), or j mod steps if `tile`.
+    """The step of each 10-ms frame from `first` on: j takes step floor(j / frames_per_step), or j mod steps if `tile`.
 
     Frames after the last step keep it.
     """
     n = steps.shape[1]
-    index = [j % n if repeat == "tile" else min(int(j / frames_per_step + 1e-9), n - 1) for j in range(frames)]
+    wanted = range(first, first + frames)
+    index = [j % n if repeat == "tile" else min(int(j / frames_per_step + 1e-9), n - 1) for j in wanted]
     return steps[:, index]
