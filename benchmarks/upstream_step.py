@@ -105,9 +105,14 @@ class Step:
             network.steps = timed
 
     def __call__(self, mixture: Tensor, target: Tensor, query: Tensor) -> float:
-        """Seconds of one step."""
+        """Seconds of one step, as stage train_separator takes it: of the part of the mixture that has a target."""
         start = now(self.device)
-        loss = l1_loss(self.network(mixture, query).float(), target).mean()
+        part = slice(0, target.shape[1])
+        if getattr(self.network, "hears_whole", False):
+            estimate = self.network(mixture, query, part)
+        else:
+            estimate = self.network(mixture[:, part], query)
+        loss = l1_loss(estimate.float(), target).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -122,19 +127,23 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def data(path: Path, batch: int, samples: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixture, target, query."""
+def data(path: Path, batch: int, samples: int, part: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixture of `samples`, target of the first `part` of them, query."""
     generator = torch.Generator().manual_seed(1)
     target, interferer = 0.1 * torch.randn(2, batch, samples, generator=generator)
     query = torch.randn(batch, query_dim(path), generator=generator)
-    return (target + interferer).to(device), target.to(device), query.to(device)
+    return (target + interferer).to(device), target[:, :part].to(device), query.to(device)
 
 
-def multiply_adds(network: nn.Module, path: Path, samples: int) -> dict[str, int]:
-    """Of one mixture: forward, the upstream's part of it, and a step."""
-    size = {"query_dim": query_dim(path), "samples": samples}
-    forward = cost(network, **size).macs
-    upstream = cost(UpstreamOnly(network), **size).macs if hasattr(network, "steps") else 0
+def multiply_adds(network: nn.Module, path: Path, samples: int, part: int) -> dict[str, int]:
+    """Of one mixture, of which a part is separated: forward, the upstream's share of it, and a step."""
+    dim, heard = query_dim(path), samples if getattr(network, "hears_whole", False) else part
+    forward = cost(network, query_dim=dim, samples=part).macs
+    upstream = 0
+    if hasattr(network, "steps"):
+        only = UpstreamOnly(network)
+        upstream = cost(only, query_dim=dim, samples=heard).macs
+        forward += upstream - cost(only, query_dim=dim, samples=part).macs
     factor = 1 if upstream and network.settings.freeze_mae else 3
     return {"forward": forward, "upstream": upstream, "step": 3 * (forward - upstream) + factor * upstream}
 
@@ -163,7 +172,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
     parser.add_argument("--steps", type=int, default=7, help="of each network, after one that is not counted")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--seconds", type=float, help="of each mixture")
+    parser.add_argument("--seconds", type=float, help="of the part of each mixture that is separated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-runs", type=int, default=3)
@@ -174,8 +183,9 @@ def main() -> None:
     params, audio = load_params("train", TrainParams, path), load_params("audio", AudioParams, path)
     batch = args.batch or (2 if args.full and device.type != "cuda" else params.batch_size)
     seconds = args.seconds or params.segment_seconds
-    samples = round(seconds * audio.sample_rate)
-    inputs = data(path, batch, samples, device)
+    part = round(seconds * audio.sample_rate)
+    samples = max(part, round(audio.segment_seconds * audio.sample_rate))
+    inputs = data(path, batch, samples, part, device)
     if args.memory:
         print(json.dumps(measure_memory(args.memory, path, params.learning_rate, inputs)))
         return
@@ -192,7 +202,7 @@ def main() -> None:
         memory[name] = sorted(runs, key=lambda run: run["peak"])[len(runs) // 2]
 
     networks = {name: new(name, path) for name in NAMES}
-    macs = {name: multiply_adds(network, path, samples) for name, network in networks.items()}
+    macs = {name: multiply_adds(network, path, samples, part) for name, network in networks.items()}
     steps = {name: Step(network, params.learning_rate, device) for name, network in networks.items()}
     taken: dict[str, list[float]] = {name: [] for name in NAMES}
     for _ in range(args.steps + 1):

@@ -167,6 +167,8 @@ def main() -> None:
         return
     if not args.collect:
         run(chosen)
+    if not finished():
+        parser.exit(1, "this commit has no finished ablation: reports/ablations.* stay as they are\n")
     for found in collect(ABLATIONS, Path("reports")):
         log.info("%s", " ".join(found[key] for key in COLUMNS[:-1]))
 

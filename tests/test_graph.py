@@ -111,7 +111,8 @@ def test_a_second_run_has_nothing_to_do(project):
 
 def test_a_number_of_training_changes_nothing_before_training(project):
     params = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(params.replace("learning_rate: 3e-3", "learning_rate: 2e-3"))
+    assert params.count("learning_rate: 1.5e-3") == 1
+    (project / "params.yaml").write_text(params.replace("learning_rate: 1.5e-3", "learning_rate: 2e-3"))
     plan = dvc(project, "repro", "--dry").stdout
     (project / "params.yaml").write_text(params)
     ran = [line.split("'")[1] for line in plan.splitlines() if line.startswith("Running stage")]

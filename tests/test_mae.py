@@ -243,8 +243,9 @@ def test_anything_else_than_a_namespace_is_not_unpickled(tmp_path):
         read_published(path, sha256=digest(path), layout="audiomae")
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_eat_and_sslam_load_into_the_same_encoder(tmp_path, prefix):
+@pytest.mark.parametrize(("prefix", "rows"), [("", 512), ("model.", 6144)])
+def test_eat_and_sslam_load_into_the_same_encoder(tmp_path, prefix, rows):
+    """Their table of positions goes on, up to two minutes: 768 steps of 8 bands."""
     path = tmp_path / "model.safetensors"
     torch.manual_seed(0)
     encoder = Encoder(dim=64, depth=2, heads=1, post_norm=True)
@@ -254,7 +255,8 @@ def test_eat_and_sslam_load_into_the_same_encoder(tmp_path, prefix):
         for a, b in theirs.items():
             name = name.replace(a, b)
         state[prefix + name] = tensor.contiguous()
-    state[prefix + "fixed_positional_encoder.positions"] = state.pop(prefix + "pos_embed")[:, 1:].contiguous()
+    table = torch.cat([state.pop(prefix + "pos_embed")[:, 1:], torch.randn(1, rows - 512, 64)], dim=1)
+    state[prefix + "fixed_positional_encoder.positions"] = table.contiguous()
     save_file(state, path)
     sizes, found = read_published(path, sha256=digest(path), layout="eat")
     assert sizes == {"dim": 64, "depth": 2, "heads": 1, "mlp_ratio": 4.0, "post_norm": True}

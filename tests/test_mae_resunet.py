@@ -191,6 +191,23 @@ def test_updated_uses_all_layers_and_has_a_rate_for_each():
     assert decays[(64,)] == 0.0
 
 
+def test_without_weight_decay_all_of_it_learns_too():
+    model = build(freeze_mae=False, encoder_weight_decay=0.0)
+    held = {id(p) for group in model.parameter_groups(1e-2) for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {group.get("weight_decay", 0.0) for group in model.parameter_groups(1e-2)} == {0.0}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_features_computed_once_give_the_same_estimates(fusion):
+    model, (mixture, query) = build(fusion=fusion).eval(), batch()
+    shared = model.shared(mixture)
+    assert set(shared) == (set() if fusion == "none" else {"steps"})
+    model.steps = None  # not asked again
+    again = build(fusion=fusion).eval()
+    assert torch.equal(model(mixture, query, **shared), again(mixture, query))
+
+
 def test_only_the_adapters_learn_with_a_lora_rank():
     model = build(freeze_mae=False, lora_rank=2)
     learning = [n for n, p in model.upstream.named_parameters() if p.requires_grad]

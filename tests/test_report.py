@@ -655,7 +655,7 @@ def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
     assert ">1.50<" in page  # times the baseline's multiply-accumulates
     assert "&lt;i&gt;deep&lt;/i&gt;" in page
     table = (tmp_path / "reports" / "table1.md").read_text()
-    assert "mae_resunet: features | mae, frozen, pad1024, freq" in table
+    assert "mae_resunet: features (input and fusion as we read the paper) | mae, frozen, pad1024, freq" in table
     assert "mae_resunet \u2212 resunet" in table
 
 

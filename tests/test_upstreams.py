@@ -67,6 +67,7 @@ def test_every_file_is_under_test():
 @pytest.mark.parametrize("samples", [10, 16000, 64000, 64123])
 def test_layers_and_steps(name, samples, pretrained):
     upstream = make(name, pretrained)
+    assert upstream.sample_rate == 16000
     hidden = upstream.hidden(noise(samples))
     assert len(hidden) == upstream.n_layers
     assert {h.shape for h in hidden} == {(2, hidden[0].shape[1], upstream.dim)}
@@ -160,6 +161,8 @@ def test_a_downloaded_folder_gives_the_librarys_own_features(name, library, kind
         for new, before in old.items():
             state = {n.replace(new, before): t for n, t in state.items()}
         torch.save({**state, "lm_head.weight": torch.zeros(3)}, tmp_path / kind)
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
+        upstreams.read(name, {"weights": str(tmp_path), "sha256": None, "config": {}}, pretrained)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
     options = {"weights": str(tmp_path), "sha256": hashlib.sha256((tmp_path / kind).read_bytes()).hexdigest()}
     config, state = upstreams.read(name, {**options, "config": {}}, pretrained)
@@ -181,6 +184,7 @@ def test_a_folder_without_its_files_is_named(tmp_path, pretrained):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         upstreams.read("wavlm", options, pretrained)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"neither of model\.safetensors, pytorch_model\.bin"):
         upstreams.read("wavlm", options, pretrained)
 

@@ -45,7 +45,7 @@ def pictures(pretrained: Path) -> list[Picture]:
         for i, clip in enumerate(stored["clips"].tolist()):
             planes = [_plane(stored[name][i].astype(np.float32)) for name in names]
             uris = [data_uri(image, "image/webp") for image in spectrogram_images(planes)]
-            found.append(Picture(str(clip), list(zip(("original", "20 % of it", "filled in"), uris, strict=True))))
+            found.append(Picture(str(clip), list(zip(("original", "what it saw", "filled in"), uris, strict=True))))
     return found
 
 
@@ -76,7 +76,7 @@ def cost_rows(
             "gmacs": config["macs"] / 1e9 if config.get("macs") else None,
             "relative_macs": config["macs"] / first if config.get("macs") and first else None,
             "seconds": taken.get("seconds"),
-            "peak_bytes": taken.get("peak_rss_bytes"),
+            "peak_bytes": taken.get("cuda_allocated_bytes") or taken.get("peak_rss_bytes"),
         }
         rows.append(CostRow(model, {key: value for key, value in known.items() if value is not None}))
     return rows

@@ -4,6 +4,8 @@ A query separator maps (mixture (batch, time), query (batch, query_dim)) to the 
 32 kHz and for any number of samples. Each file defines `Separator(query_dim=..., **model)`, with `model` the entry's
 `model:` mapping of params.yaml. Training separates a part of each mixture. One whose `hears_whole` is true is called
 as `separator(mixture, query, part)`, `part` a slice of the samples, and may look beside it; others get the part alone.
+`shared(mixture)`, where a file has it, is what no query changes: tensors (batch, ...) by the name of the argument that
+takes them.
 
 One without queries (`Separator.takes_query = False`) maps mixture (batch, time) to all sources, (batch, sources, time),
 in no order, at the rate that it is told: `Separator(sample_rate=..., n_sources=..., **model)`. Its

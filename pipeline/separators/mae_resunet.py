@@ -162,13 +162,12 @@ class Separator(resunet.Separator):
         layers = self.upstream.layer_groups()
         for depth, parameters in enumerate(reversed(layers)):
             rate = settings.encoder_learning_rate * settings.layer_decay**depth
-            for decay in (settings.encoder_weight_decay, 0.0):
-                chosen = [p for p in parameters if p.requires_grad and (p.ndim > 1) == (decay > 0)]
+            for matrices in (True, False):
+                chosen = [p for p in parameters if p.requires_grad and (p.ndim > 1) == matrices]
                 if chosen:
+                    decay = settings.encoder_weight_decay if matrices else 0.0
                     options = {"lr": rate, "weight_decay": decay, "start_step": settings.unfreeze_step}
                     groups.append({"params": chosen, **options})
-                if settings.encoder_weight_decay == 0 and decay == 0:
-                    break
         return groups
 
     def _layer_weights(self) -> list[nn.Parameter]:
@@ -191,7 +190,7 @@ class Separator(resunet.Separator):
     def steps(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch steps dim"]:
         """The upstream's features of each mixture, normed, float32.
 
-        Not cached: a training mixture is met once, and the encoder of a sum is not the sum of the encoders.
+        Not kept between training steps: a mixture is met once, and the encoder of a sum is not the sum of the encoders.
         """
         frozen = self.settings.freeze_mae
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -199,6 +198,10 @@ class Separator(resunet.Separator):
         h = combine(self.upstream, hidden, self.layers, getattr(self, "layer_weights", None))
         h = self.upstream.to_steps(h).float()
         return F.layer_norm(h, h.shape[-1:])
+
+    def shared(self, mixture: Float[Tensor, "batch time"]) -> dict[str, Tensor]:
+        """The features, which no query changes: evaluation asks twice."""
+        return {} if self.settings.fusion == "none" else {"steps": self.steps(mixture)}
 
     def frames(
         self, steps: Float[Tensor, "batch steps dim"], n: int, stride: int = 1, first: int = 0
@@ -213,11 +216,17 @@ class Separator(resunet.Separator):
         mixture: Float[Tensor, "batch time"],
         query: Float[Tensor, "batch query_dim"],
         part: slice = slice(None),
+        *,
+        steps: Float[Tensor, "batch steps dim"] | None = None,
     ) -> Float[Tensor, "batch part"]:
-        """What each query asks for in this part of its mixture; the encoder hears all of the mixture."""
+        """What each query asks for in this part of its mixture; the encoder hears all of the mixture.
+
+        `steps`: what `shared(mixture)` gave, if it is at hand.
+        """
         if self.settings.fusion == "none":
             return super().forward(mixture[:, part], query)
-        steps = self.steps(mixture)
+        if steps is None:
+            steps = self.steps(mixture)
         first, total = round((part.start or 0) / self.hop_length), 1 + mixture.shape[1] // self.hop_length
         return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, steps, query, first, total))
 

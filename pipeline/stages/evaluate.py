@@ -164,7 +164,7 @@ def choose_examples(class_indices: Sequence[int], pairs: Sequence[int], n: int) 
 
 
 def separate(
-    separator: nn.Module,
+    separator: Any,
     mixture: Float[Tensor, "batch time"],
     average: Float[Tensor, "batch query_dim"],
     oracle: Float[Tensor, "batch query_dim"],
@@ -177,10 +177,12 @@ def separate(
     estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
     # TF32 convolutions, cuDNN's default, have 10 bits of mantissa: 60 dB.
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        shared = separator.shared(mixture) if hasattr(separator, "shared") else {}
         for i, query in enumerate((average, oracle)):
             known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)
             if known.any():
-                estimates[known, i] = separator(mixture[known], query[known]).float()
+                some = {name: tensor[known] for name, tensor in shared.items()}
+                estimates[known, i] = separator(mixture[known], query[known], **some).float()
             bad = (known & ~estimates[:, i].isfinite().all(dim=-1)).cpu()
             if bad.any():
                 names = ", ".join(str(pair) for pair, is_bad in zip(pairs, bad, strict=True) if is_bad)

@@ -41,6 +41,8 @@ def probe(
     if model["upstream"] == "mae":
         start = upstreams.build("mae", **model["upstream_config"])
         start.load_state_dict(upstreams.read("mae", model, pretrained)[1] or {})
+        if model["freeze_mae"] and model["bf16_frozen"]:
+            start = start.to(torch.bfloat16).float()  # as it was held
         if not _equal(encoders[0].state_dict(), start.state_dict()):
             encoders.append(start)
     found = probe_upstreams(

@@ -252,14 +252,14 @@ def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
         tables.Comparison("A-MAE", encoder_is, "audiomae, published"),
         tables.Comparison(
             "A-MAE's encoder",
-            f"{size.get('depth')} layers of {size.get('dim')}" if not settings.mae.weights else "as published",
+            f"{size.get('depth')} layers of {size.get('dim')}" if not settings.mae.weights else "12 layers of 768",
             "12 layers of 768",
         ),
         *(
             tables.Comparison(
-                f"{name}: features",
+                f"{name}: features (input and fusion as we read the paper)",
                 f"{m['upstream']}, {'frozen' if m['freeze_mae'] else 'updated'}, {m['mae_input']}, {m['fusion']}",
-                f"mae, {'frozen' if m['freeze_mae'] else 'updated'}, pad1024, freq (input and fusion as we read it)",
+                f"mae, {'frozen' if m['freeze_mae'] else 'updated'}, pad1024, freq",
             )
             for name, m in models.items()
         ),

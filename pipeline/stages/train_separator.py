@@ -129,11 +129,12 @@ class Batches:
             )
 
     def load(self, n: int) -> Batch:
-        """Batch n, mixed from whole anchors, as in evaluation; the part is `segment_seconds` from anywhere in them."""
+        """Batch n, mixed from whole anchors, as in evaluation; the part is `segment_seconds` from anywhere in them.
+
+        In NumPy: torch would start threads here too, and those of the step would wait for them (a fifth of its time).
+        """
         targets, interferers = self.stream.batch(n, self.batch_size)
-        target, interferer = (
-            torch.from_numpy(np.stack([self.reader.waveform(row) for row in rows])) for rows in (targets, interferers)
-        )
+        target, interferer = (np.stack([self.reader.waveform(row) for row in rows]) for rows in (targets, interferers))
         gain = energy_gain(
             energy(target),
             energy(interferer),
@@ -147,7 +148,7 @@ class Batches:
             np.random.default_rng([self.seed, n]).integers(mixture.shape[1] - self.segment_samples, endpoint=True)
         )
         part = slice(start, start + self.segment_samples)
-        return Batch(mixture, part, target[:, part], query)
+        return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query)
 
     def describe(self, n: int) -> str:
         """The anchors of batch n, for an error message."""
@@ -279,8 +280,11 @@ def main() -> None:
     params = load_params("train", TrainParams)
     pairs = load_params("pairs", PairsParams)
     found = plan(args.name, args.section, args.pretrained)
-    with running(f"train_separator@{args.name}", args.out):
+    with running(f"train_separator@{args.name}", args.out) as told:
         config = train_separator(args.name, args.anchors, args.out, args.curve, plan=found, params=params, pairs=pairs)
+        if torch.cuda.is_available():
+            told["cuda_allocated_bytes"] = float(torch.cuda.max_memory_allocated())
+            told["cuda_reserved_bytes"] = float(torch.cuda.max_memory_reserved())
         log.info("%s: %s", args.name, config)
 
 

@@ -35,6 +35,7 @@ class Upstream(nn.Module):
 
     dim: int  # width of a feature vector
     n_layers: int  # how many layers `hidden` gives
+    sample_rate: int = 16000  # Hz, of what the encoder itself hears; `hidden` resamples
     frames_per_step: float  # 10-ms frames that one step stands for
     lora_targets: tuple[str, ...] = ()  # names of the Linear modules that low-rank adapters adapt
 

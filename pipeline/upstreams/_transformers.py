@@ -102,7 +102,9 @@ def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str
         )
     config = json.loads((folder / "config.json").read_bytes())
     preprocessor = folder / "preprocessor_config.json"
-    normalise = preprocessor.is_file() and bool(json.loads(preprocessor.read_bytes()).get("do_normalize", False))
+    if not preprocessor.is_file():
+        raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says whether waveforms are normalised")
+    normalise = bool(json.loads(preprocessor.read_bytes()).get("do_normalize", False))
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{folder}: neither of {', '.join(FILES)}")

@@ -487,8 +487,10 @@ def read_published(
     state = read_tensors(path, sha256=sha256, entry="model")
     if layout != "audiomae":
         state = {_eat_name(name): tensor for name, tensor in state.items() if _eat_name(name)}
-        if state.get("pos_embed", torch.zeros(0)).shape[1:2] == (MAX_STEPS * BANDS,):
-            state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))  # their class token has no position
+        table = state.get("pos_embed", torch.zeros(0))
+        if table.ndim == 3 and table.shape[1] >= MAX_STEPS * BANDS:
+            # Row by row in time, for up to two minutes; their class token has no position.
+            state["pos_embed"] = F.pad(table[:, : MAX_STEPS * BANDS], (0, 0, 1, 0))
     depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
     if not depth or "pos_embed" not in state:
         raise ValueError(f"{path} has no encoder of the layout {layout!r}: it starts with {sorted(state)[:3]}")
@@ -500,6 +502,10 @@ def read_published(
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
     }
     if layout == "audiomae":
+        if state["pos_embed"].shape != positions(dim).shape:
+            raise ValueError(
+                f"{path}: pos_embed is {tuple(state['pos_embed'].shape)}, not {tuple(positions(dim).shape)}"
+            )
         if (off := (state["pos_embed"] - positions(dim)).abs().max().item()) > 1e-6:
             raise ValueError(f"{path}: its positions are not A-MAE's transposed grid (they differ by {off:.2g})")
         n_decoder = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
