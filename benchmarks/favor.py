@@ -14,8 +14,8 @@ kept    MiB of resident memory that the forward pass adds: what every layer of a
 peak    MiB at the highest point of the step above that before it (ru_maxrss, which never falls). Includes the gradients
         of queries, keys and values, 6 KiB per token
 
-The exponents are slopes of least squares in log-log, of the rows from 2000 tokens on; the cross-over is where the lines
-between two rows meet.
+The exponents are slopes of least squares in log-log, of the rows from 2000 tokens on and of all rows; the cross-over is
+where the lines between two rows meet.
 """
 
 import argparse
@@ -90,9 +90,9 @@ def cell(kind: str, tokens: int, threads: int) -> dict[str, float]:
     return {"seconds": min(times), "kept": kept / 2**20, "peak": peak / 2**10}
 
 
-def exponent(values: dict[int, float]) -> float:
-    """p of a * tokens^p."""
-    points = [(math.log(n), math.log(value)) for n, value in values.items() if n >= FIT_FROM]
+def exponent(values: dict[int, float], first: int = FIT_FROM) -> float:
+    """p of a * tokens^p, from `first` tokens on."""
+    points = [(math.log(n), math.log(value)) for n, value in values.items() if n >= first]
     return float(np.polyfit(*zip(*points, strict=True), 1)[0])
 
 
@@ -133,7 +133,10 @@ def main() -> None:
         rows = [[found[kind][quantity][tokens] for quantity in ("seconds", "kept", "peak")] for kind in KINDS]
         print(f"{tokens:8}" + "".join(f"{1e3 * s:16.1f}{k:7.0f}{p:7.0f}" for s, k, p in rows), flush=True)
     for kind in KINDS:
-        slopes = (f"{name} ~ tokens^{exponent(values):.2f}" for name, values in found[kind].items())
+        slopes = (
+            f"{name} ~ tokens^{exponent(values):.2f} (from {TOKENS[0]} on: {exponent(values, TOKENS[0]):.2f})"
+            for name, values in found[kind].items()
+        )
         print(f"{kind}: " + ", ".join(slopes))
     for kind in KINDS[:-1]:
         at = cross_over(found[kind]["seconds"], found["sdpa"]["seconds"])

@@ -28,6 +28,7 @@ from pipeline.separators import model_params, takes_query
 TRAIN, VALIDATION, TEST, SINGLE, BUCKET = range(5)
 
 Source = Literal["music", "anchors"]
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # malloc; CUDA; cuBLAS and cuDNN
 Split = Literal["train", "validation", "test"]
 
 
@@ -74,7 +75,7 @@ class PretrainPerformerParams(Params):
     """`pretrain_performer:` in params.yaml."""
 
     model: str
-    segment_seconds: float = Field(gt=0)
+    segment_seconds: float | None = Field(gt=0)
     seed: int = Field(ge=0)
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -264,7 +265,7 @@ def learning_rate_factor(step: int, *, warmup_steps: int, steps: int, final: flo
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is the device's memory, or the machine's, giving out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+        isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
     )
 
 

@@ -306,10 +306,43 @@ def test_the_longest_length_is_tested_and_no_more_than_there_is(world, tmp_path)
     both = write_separator(tmp_path / "both", "conv_tasnet", "music", segment_seconds=[0.25, 0.5])
     params = PARAMS.model_copy(update={"n_moms": 1000, "bss": False})
     summary = run(world, "music", tmp_path / "scores", params, both)
-    assert summary["segment_seconds"] == 0.5
+    assert (summary["segment_seconds"], summary["trained_seconds"]) == (0.5, [0.25, 0.5])
     assert summary["moms"]["n"] == 2 * 4  # two tracks of 2 s
     rate, mixture = wavfile.read(tmp_path / "scores" / "examples" / "0-mixture.wav")
     assert (rate, len(mixture)) == (RATE, 4000)
+
+
+@pytest.mark.parametrize("where", ["score_moms", "pair_scores"])
+def test_running_out_of_memory_is_a_result(world, tmp_path, monkeypatch, where):
+    def runs_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(stage, where, runs_out)
+    summary = run(world, "anchors", tmp_path / "scores")
+    assert (summary["status"], summary["steps"], summary["n_parameters"]) == ("out_of_memory", 12, 1234)
+    assert not {"moms", "stems", "masks", "pairs", "examples"} & set(summary)
+    assert not content(tmp_path / "scores")
+    assert not list((tmp_path / "data" / "scratch").rglob("part-*"))
+
+
+def test_other_errors_stop_the_stage(world, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(stage, "score_moms", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(world, "music", tmp_path / "scores")
+
+
+def test_estimates_come_from_cudnn_without_tf32(world):
+    separator, cudnn, met = stage.load_separator(world[1]["music"], "cpu"), torch.backends.cudnn, []
+    plain = separator.separate
+    separator.separate = lambda mixture: met.append((cudnn.enabled, cudnn.allow_tf32)) or plain(mixture)
+    before = cudnn.enabled, cudnn.allow_tf32
+    stage.separate(separator, torch.zeros(1, 2000))
+    assert met == [(True, False)]
+    assert (cudnn.enabled, cudnn.allow_tf32) == before
 
 
 def test_every_entry_of_a_length_meets_the_same_mixtures(world):

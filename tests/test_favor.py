@@ -14,7 +14,6 @@ ENCODER = {
     **{"dim": 32, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout": 0.0, "attention": "favor", "n_features": 24},
     **{"stabiliser": "full", "eps": 1e-8, "qk_norm": True, "recompute": False},
 }
-golden_file = pytest.mark.skipif(not (fill.HERE / "favor.npz").exists(), reason="no favor.npz in tests/golden")
 each_stabiliser = pytest.mark.parametrize("stabiliser", ["paper", "full"])
 
 
@@ -47,7 +46,6 @@ def close(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@golden_file
 @pytest.mark.parametrize("eps", [1e-4, 1e-6])
 def test_features_of_the_published_code(eps):
     golden = fill.arrays("favor")
@@ -56,7 +54,6 @@ def test_features_of_the_published_code(eps):
         close(found, golden[f"small_eps{eps:g}_{kind[0]}f"], atol=1e-6)
 
 
-@golden_file
 @pytest.mark.parametrize("size", ["small", "full"])
 @pytest.mark.parametrize("eps", [1e-4, 1e-6])
 def test_output_of_the_published_code(size, eps):

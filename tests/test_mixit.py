@@ -96,7 +96,7 @@ def test_the_sections_of_the_project_are_those_that_are_read():
     music = load_params("music", MusicParams, path)
     assert load_params("mixit", MixitParams, path).max_stems >= 1
     pretrain = load_params("pretrain_performer", PretrainPerformerParams, path)
-    assert pretrain.segment_seconds in music.segment_seconds
+    assert pretrain.segment_seconds is None or pretrain.segment_seconds in music.segment_seconds
     for data in ("music", "anchors"):
         for name in YAML(typ="safe").load(path)[f"mixit_{data}"]:
             found = read_entry(name, data, path)
@@ -290,6 +290,8 @@ def test_vectors_do_not_decay_and_what_is_frozen_is_left_out():
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
         (ValueError("out of memory"), False),
         (FloatingPointError("the loss is nan at step 3"), False),

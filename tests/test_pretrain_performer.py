@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.favor import PerformerEncoder
 from pipeline.mixit import index_file
 from pipeline.music import MomStream
 from pipeline.separators import build
 from pipeline.separators.performer import Pretrainer
 from pipeline.stages import pretrain_performer as pretrain_stage
-from pipeline.stages.pretrain_performer import pretrain_performer
+from pipeline.stages.pretrain_performer import PRETRAINED, SCRATCH, pretrain_performer
 from tests.tiny_mixit import PERFORMER, PRETRAIN, RATE, write_music
 
-FILES = ("weights.safetensors", "config.json")
+FILES = (f"{PRETRAINED}/weights.safetensors", f"{PRETRAINED}/config.json", f"{SCRATCH}/README.md")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,10 @@ def test_pretraining_beats_an_untrained_network_and_separators_load_it(pretrain,
     assert summary["loss"] < 0.9 * summary["loss_untrained"]
     assert summary["steps"] == 48  # 6 x 8 s, in fours of 0.25 s
     assert (summary["mask_ratio"], summary["sample_rate"]) == (0.3, RATE)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / PRETRAINED / "config.json").read_text())
     assert config == {"model": PERFORMER, **summary}
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    weights = load_file(out / "weights.safetensors")
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(FILES)
+    weights = load_file(out / PRETRAINED / "weights.safetensors")
     separator = build("performer", sample_rate=config["sample_rate"], **config["model"])
     head = separator.head.weight.clone()
     separator.load_pretrained(weights)
@@ -80,6 +81,34 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(pretrain):
     one, two, other = (pretrain(name, seed=seed)[0] for name, seed in (("one", 0), ("two", 0), ("other", 1)))
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in FILES)
     assert (one / FILES[0]).read_bytes() != (other / FILES[0]).read_bytes()
+    # What is not pretrained depends on this, and is not to train again.
+    assert (one / FILES[2]).read_bytes() == (other / FILES[2]).read_bytes()
+
+
+def test_without_a_length_it_is_the_first_of_those_indexed(pretrain, monkeypatch):
+    met, forward = set(), Pretrainer.forward
+
+    def watched(self, waveform, generator):
+        met.add(waveform.shape[1])
+        return forward(self, waveform, generator)
+
+    monkeypatch.setattr(Pretrainer, "forward", watched)
+    pretrain(segment_seconds=None)
+    assert met == {2000}
+    met.clear()
+    pretrain("long", segment_seconds=0.5)
+    assert met == {4000}
+
+
+@pytest.mark.parametrize("mask_mode", ["token", "drop"])
+def test_every_encoder_gets_new_random_features(pretrain, monkeypatch, mask_mode):
+    drawn, redraw = [], PerformerEncoder.redraw
+    monkeypatch.setattr(
+        PerformerEncoder, "redraw", lambda self, *arguments: drawn.append(arguments) or redraw(self, *arguments)
+    )
+    pretrain(mask_mode=mask_mode)
+    n_encoders = 2 if mask_mode == "drop" else 1
+    assert [step for step, _ in drawn if step] == [step for step in (3, 6) for _ in range(n_encoders)]  # of 8 steps
 
 
 @pytest.mark.parametrize("call", [4, 9])

@@ -86,7 +86,7 @@ def summary_of(name, snr=8.0, overlap=0.1, **changes):
 
 
 def out_of_memory(name):
-    summary = summary_of(name, status="out_of_memory")
+    summary = summary_of(name, status="out_of_memory", steps=0)
     return {key: value for key, value in summary.items() if key not in ("moms", "stems", "masks", "pairs", "examples")}
 
 
@@ -270,6 +270,30 @@ def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
     first = music.report_tables(entries, {})[0]
     names = [str(line.cells[0]) for line in first.lines if line.kind == "baseline"]
     assert sorted(names) == ["doing nothing (performer_3)", "doing nothing (pretrained_3)"]
+
+
+def test_every_table_but_that_of_time_has_rows_that_do_nothing(run):
+    text = (run / "mixit.md").read_text()
+    si_snr = f"{MINUS}0.03 [{MINUS}0.53, 0.47]"
+    row = row_of(text, "Table 3", "doing nothing", "music", "3 s")
+    assert row[3:] == [DASH, "2.98 [2.48, 3.48]", si_snr, "0.00", "0.00", DASH]
+    for title, length in (("Table 4", "3 s"), ("Table 5", "10 s")):
+        row = row_of(text, title, "doing nothing", "equal shares", "music", length)
+        assert row[4:] == [DASH, si_snr, "1.00", "8.00", "8.00", "0.00", DASH]
+    row = row_of(text, "What the source report", "doing nothing", "equal shares", "music", "3 s")
+    assert row[4:] == [DASH, "0.00", *[DASH] * 5]
+    lengths = [row[3] for row in rows_of(text, "What the source report")]
+    assert lengths == sorted(lengths, key=lambda text: float(text.removesuffix(" s")))
+
+
+def test_an_entry_of_several_lengths_is_held_against_no_figure(tmp_path):
+    several = summary_of("performer_3", trained_seconds=[3.0, 10.0], segment_seconds=10.0)
+    single = summary_of("performer_10", trained_seconds=[10.0])
+    entries = entries_of(tmp_path, {"performer_3": several, "performer_10": single})
+    assert [(e.seconds, e.segment) for e in entries[:2]] == [(None, "3 and 10 s, tested at 10 s"), (10.0, "10 s")]
+    for table, figure in zip(music.report_tables(entries, {})[:3], (DASH, "3.52", "3.87"), strict=True):
+        found = {str(line.cells[0]): str(line.cells[-1]) for line in table.lines if line.kind == "ours"}
+        assert (found["performer_3"], found["performer_10"]) == (DASH, figure)
 
 
 def test_the_source_reports_figures_stand_where_they_belong_and_nowhere_else(run):
@@ -530,6 +554,20 @@ def test_music_that_may_not_be_passed_on_is_not(tmp_path):
 
 def test_a_length_chart_of_nothing_says_so():
     assert "no numbers" in charts.length_chart({"a": []})
+
+
+def test_the_chart_of_lengths_has_the_quantity_of_the_source_reports_text(tmp_path):
+    drawn = music.length_drawing(entries_of(tmp_path, {"performer_3": summary_of("performer_3")}))
+    assert all(title in drawn for title in ("stem SI-SNRi, dB", "above doing nothing", "MoM SI-SNR, dB"))
+
+
+def test_an_entry_that_could_be_trained_and_not_evaluated_shows_what_training_took(tmp_path):
+    timing = {"train_mixit@tasnet_3": {"minutes_per_epoch": 12.34, "cuda_allocated_bytes": 7e9}}
+    (tmp_path / "evaluate_mixit_tasnet_3.json").write_text(json.dumps({**out_of_memory("tasnet_3"), "steps": 300}))
+    entries = music.read_entries(tmp_path, {"tasnet_3": ENTRIES["tasnet_3"]}, timing)
+    (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
+    assert str(row.cells[4]) == "12.3"
+    assert "out of memory" not in music.memory_drawing(entries)
 
 
 def test_a_length_chart_marks_what_ran_out_of_memory():

@@ -223,6 +223,26 @@ def test_running_out_of_memory_is_a_result(train, monkeypatch, music, tmp_path, 
     json.dumps(evaluated, allow_nan=False)
 
 
+def test_running_out_of_memory_before_the_first_step_is_a_result(train, monkeypatch):
+    def runs_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", runs_out)
+    out, config, rows, _ = train(entry())
+    assert (config["status"], config["steps"], rows) == ("out_of_memory", 0, [])
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_auxiliary_losses_train_and_do_not_validate(train):
+    still = {"learning_rate": 1e-12, "final_learning_rate": 0.0, "weight_decay": 0.0}
+    plain, heavy = (
+        train(entry(diversity=weight, sparsity=weight), f"out{weight}", log_every_steps=1, **still)[2]
+        for weight in (0.0, 50.0)
+    )
+    assert float(heavy[0]["loss"]) > float(plain[0]["loss"]) + 10
+    assert validations(heavy) == pytest.approx(validations(plain), abs=1e-4)
+
+
 def test_other_errors_stop_the_stage(train, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -250,7 +270,7 @@ def pretrained(music, tmp_path_factory):
         pretrain_performer.pretrain_performer(
             index, out, out.with_suffix(".csv"), music=params, params=PRETRAIN, model=PERFORMER
         )
-    return out
+    return out / pretrain_performer.PRETRAINED
 
 
 def test_a_pretrained_entry_begins_with_the_pretrained_encoder(train, pretrained):

@@ -69,11 +69,12 @@ class Entry:
     numbers: dict[str, int | float] = field(default_factory=dict)  # as in metrics.json, without the prefix
     examples: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, int | float] = field(default_factory=dict)
+    several: str = ""  # what it was trained and tested on, where `seconds` is not one length
 
     @property
     def segment(self) -> str:
         """The length of its segments as text."""
-        return DASH if self.seconds is None else f"{self.seconds:g} s"
+        return self.several or (DASH if self.seconds is None else f"{self.seconds:g} s")
 
     @property
     def auxiliary(self) -> bool:
@@ -106,6 +107,11 @@ class Entry:
     def idle(self) -> bool:
         """Whether it is not clearly better than doing nothing."""
         return self.above is not None and self.above < IDLE_ABOVE_DB
+
+    @property
+    def untrainable(self) -> bool:
+        """Whether memory gave out in training, and not only in evaluation."""
+        return self.status == "out_of_memory" and not self.numbers.get("steps")
 
     @property
     def flag(self) -> str:
@@ -167,7 +173,10 @@ def read_entries(
         path = summaries / f"evaluate_mixit_{name}.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         said = {**entry, **summary}  # what was evaluated speaks for itself
-        seconds = said.get("segment_seconds")
+        seconds, several = said.get("trained_seconds") or said.get("segment_seconds"), ""
+        if isinstance(seconds, list) and len(seconds) > 1:
+            several = " and ".join(f"{length:g}" for length in seconds) + " s"
+            several += f", tested at {summary['segment_seconds']:g} s" if summary else ""
         if isinstance(seconds, list):
             seconds = seconds[0] if len(seconds) == 1 else None
         entries.append(
@@ -185,6 +194,7 @@ def read_entries(
                 _numbers(summary),
                 list(summary.get("examples") or []),
                 dict(timings.get(f"train_mixit@{name}", {})),
+                several,
             )
         )
     return entries
@@ -294,6 +304,10 @@ def _table_1(entries: Sequence[Entry]) -> Table:
         length = DASH if seconds is None else f"{seconds:g} s"
         return _said(NOT_RUN, architecture, DASH, length, *[DASH] * 5)
 
+    def nothing(name: str, of: Entry) -> list[Cell]:
+        mixtures = (_cell(of, "do_nothing_snr"), _cell(of, "do_nothing_si_snr"))
+        return [*_said(name, "equal shares", of.data, of.segment, DASH, DASH), *mixtures, *_said("0.00", DASH)]
+
     rest = {
         pair: (_order("music", pair[1]), of_report(*pair))
         for pair in [*((name, seconds) for seconds in LENGTHS for name in ARCHITECTURES), ("conv_tasnet", None)]
@@ -320,7 +334,7 @@ def _table_1(entries: Sequence[Entry]) -> Table:
         "Table 1: Conv-TasNet and Performer by segment length",
         [*columns, "SNR above doing nothing", "Source report"],
         5,
-        _beside(entries, key, TABLE_1, cells, rest, _do_nothing(entries)),
+        _beside(entries, key, TABLE_1, cells, rest, _do_nothing(entries, nothing)),
         notes,
     )
 
@@ -329,24 +343,22 @@ def _has_size(entry: Entry) -> bool:
     return "n_parameters" in entry.numbers
 
 
-def _do_nothing(entries: Sequence[Entry]) -> list[tuple[tuple[Any, ...], Line]]:
-    """One row for every set of mixtures: entries of the same data and length share theirs."""
-    groups: dict[tuple[str, float | None], dict[tuple[str, str], list[Entry]]] = {}
+def _do_nothing(
+    entries: Sequence[Entry], cells: Callable[[str, Entry], list[Cell]]
+) -> list[tuple[tuple[Any, ...], Line]]:
+    """One row, `cells(name, entry)`, for every set of mixtures: entries of the same data, length and number of
+    outputs share theirs.
+    """
+    groups: dict[tuple[str, float | None], dict[tuple[str, ...], list[Entry]]] = {}
     for entry in entries:
         if "do_nothing_snr" in entry.numbers:
-            numbers = (str(_cell(entry, "do_nothing_snr")), str(_cell(entry, "do_nothing_si_snr")))
+            numbers = (str(_cell(entry, "do_nothing_snr")), str(_cell(entry, "do_nothing_si_snr")), _outputs(entry))
             groups.setdefault((entry.data, entry.seconds), {}).setdefault(numbers, []).append(entry)
     rows = []
     for (data, seconds), found in groups.items():
         for of in found.values():
             name = "doing nothing" + (f" ({', '.join(e.name for e in of)})" if len(found) > 1 else "")
-            cells = [
-                *_said(name, "equal shares", data, of[0].segment, DASH, DASH),
-                _cell(of[0], "do_nothing_snr"),
-                _cell(of[0], "do_nothing_si_snr"),
-                *_said("0.00", DASH),
-            ]
-            rows.append(((*_order(data, seconds), 2), Line(cells, "baseline")))
+            rows.append(((*_order(data, seconds), 2), Line(cells(name, of[0]), "baseline")))
     return rows
 
 
@@ -355,7 +367,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
     def cells(entry: Entry) -> list[Cell]:
         taken = entry.timing
-        minutes = OUT_OF_MEMORY if entry.status == "out_of_memory" else _fixed(taken.get("minutes_per_epoch"), 1)
+        minutes = OUT_OF_MEMORY if entry.untrainable else _fixed(taken.get("minutes_per_epoch"), 1)
         return _said(
             entry.name,
             entry.architecture,
@@ -397,6 +409,10 @@ def _table_3(entries: Sequence[Entry], pretraining: Mapping[str, int | float]) -
             *_measured(entry, "snr", "si_snr", "snr_above_do_nothing", "stem_si_snri"),
         ]
 
+    def nothing(name: str, of: Entry) -> list[Cell]:
+        mixtures = (_cell(of, "do_nothing_snr"), _cell(of, "do_nothing_si_snr"))
+        return [*_said(name, of.data, of.segment, DASH), *mixtures, *_said("0.00", "0.00", DASH)]
+
     pairs = [(pretrained, seconds) for seconds in LENGTHS for pretrained in (False, True)]
     rest = {
         (pretrained, seconds): (
@@ -418,7 +434,7 @@ def _table_3(entries: Sequence[Entry], pretraining: Mapping[str, int | float]) -
         "Table 3: the Performer without and with pretraining",
         ["Entry", "Data", "Segment", "Pretrained", *numbers],
         4,
-        _beside(entries, lambda e: (e.pretrained, e.seconds), TABLE_3, cells, rest, []),
+        _beside(entries, lambda e: (e.pretrained, e.seconds), TABLE_3, cells, rest, _do_nothing(entries, nothing)),
         notes,
     )
 
@@ -429,6 +445,12 @@ def _auxiliary_table(title: str, entries: Sequence[Entry], figures: Mapping[floa
             *_said(entry.name, entry.architecture, entry.data, entry.segment, entry.extras),
             *_measured(entry, "si_snr", "overlap", "ne_mask", "ne_energy", "stem_si_snri"),
         ]
+
+    def nothing(name: str, of: Entry) -> list[Cell]:
+        # Equal shares: all masks are the same one, and all outputs are in use.
+        used = _outputs(of)
+        said = _said(name, "equal shares", of.data, of.segment, DASH)
+        return [*said, _cell(of, "do_nothing_si_snr"), *_said("1.00", used, used, "0.00", DASH)]
 
     rest: dict[Hashable, tuple[tuple[Any, ...], list[Cell]]] = {
         seconds: (_order("music", seconds), _said(NOT_RUN, "performer", DASH, f"{seconds:g} s", *[DASH] * 6))
@@ -445,7 +467,7 @@ def _auxiliary_table(title: str, entries: Sequence[Entry], figures: Mapping[floa
             figures,
             cells,
             rest,
-            [],
+            _do_nothing(entries, nothing),
         ),
         list(notes),
     )
@@ -453,18 +475,27 @@ def _auxiliary_table(title: str, entries: Sequence[Entry], figures: Mapping[floa
 
 def _stem_table(entries: Sequence[Entry]) -> Table:
     measured = [entry for entry in entries if "n_stems" in entry.numbers]
-    lines = [
-        Line(
-            [
-                *_said(entry.name, entry.architecture, entry.data, entry.segment),
-                _count(entry, "n_stems"),
-                *_measured(entry, "stem_si_snri", "stem_si_snr", "stem_sdr", "stem_sir", "stem_sar"),
-                _count(entry, "stem_n_undefined"),
-            ],
-            flag=entry.flag,
+
+    def nothing(name: str, of: Entry) -> list[Cell]:
+        return _said(name, "equal shares", of.data, of.segment, DASH, "0.00", *[DASH] * 5)
+
+    rows = [
+        (
+            (*_order(entry.data, entry.seconds), 0, entry.architecture),
+            Line(
+                [
+                    *_said(entry.name, entry.architecture, entry.data, entry.segment),
+                    _count(entry, "n_stems"),
+                    *_measured(entry, "stem_si_snri", "stem_si_snr", "stem_sdr", "stem_sir", "stem_sar"),
+                    _count(entry, "stem_n_undefined"),
+                ],
+                flag=entry.flag,
+            ),
         )
-        for entry in sorted(measured, key=lambda e: (*_order(e.data, e.seconds), e.architecture))
+        for entry in measured
     ]
+    placed = [*rows, *_do_nothing(measured, nothing)]
+    lines = [line for _, line in sorted(placed, key=lambda row: row[0])]
     return Table(
         "What the source report did not measure: the stems",
         ["Entry", "Architecture", "Data", "Segment", "n", "SI-SNRi", "SI-SNR", "SDR", "SIR", "SAR", "Undefined"],
@@ -488,8 +519,8 @@ def _beside(
 ) -> list[Line]:
     """Our rows, each with the source report's figure for the same, and the rest of its rows, by data and length.
 
-    `key` says which figure an entry is held against: None, and every entry not of music or of several lengths,
-    against none.
+    `key` says which figure an entry is held against: None, and every entry not of music or trained on several
+    lengths, against none.
     """
     keys = [key(entry) if entry.data == "music" and entry.seconds is not None else None for entry in entries]
     rows = list(more)
@@ -528,6 +559,11 @@ def _count(entry: Entry, key: str) -> Cell:
 
 def _fixed(value: int | float | None, digits: int) -> str:
     return DASH if value is None else f"{value:,.{digits}f}"
+
+
+def _outputs(entry: Entry) -> str:
+    """How many outputs it has, written as an effective number of them."""
+    return _fixed(entry.numbers.get("n_sources"), 2)
 
 
 def _process_peak(timing: Mapping[str, int | float]) -> int | float | None:
@@ -593,6 +629,7 @@ def length_drawing(entries: Sequence[Entry]) -> str:
     for title, key in (
         ("stem SI-SNRi, dB", "stem_si_snri"),
         ("MoM SNR above doing nothing, dB", "snr_above_do_nothing"),
+        ("MoM SI-SNR, dB", "si_snr"),
     ):
         panels[title] = [
             charts.Point(
@@ -615,8 +652,8 @@ def memory_drawing(entries: Sequence[Entry]) -> str:
     points = []
     for entry in entries:
         peak = entry.timing.get("cuda_allocated_bytes") if on_gpu else _process_peak(entry.timing)
-        peak = None if entry.status == "out_of_memory" else peak
-        if entry.seconds is not None and (peak or entry.status == "out_of_memory"):
+        peak = None if entry.untrainable else peak
+        if entry.seconds is not None and (peak or entry.untrainable):
             points.append(charts.Point(labels[entry.signature], entry.seconds, peak / 1e9 if peak else None))
     return charts.length_chart({f"{'GPU memory allocated' if on_gpu else 'memory of the process'}, GB": points})
 

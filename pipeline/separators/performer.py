@@ -282,6 +282,12 @@ class Pretrainer(nn.Module):
         size = separator.n_bins if target == "logmag" else separator.n_fft
         self.decoder = nn.Linear(dim, separator.patch_frames * size)
 
+    def redraw(self, step: int, seed: int) -> None:
+        """New random features, of whatever here has some."""
+        self.separator.redraw(step, seed)
+        if hasattr(self, "second_encoder"):
+            self.second_encoder.redraw(step, seed)
+
     def forward(self, waveform: Float[Tensor, "batch time"], generator: torch.Generator) -> Float[Tensor, ""]:
         """The loss, for tokens hidden as `generator` draws them. ValueError for waveforms of a single token."""
         tokens = self.separator.tokens(waveform)

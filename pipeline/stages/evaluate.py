@@ -176,7 +176,7 @@ def separate(
     """
     estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
     # TF32 convolutions, cuDNN's default, have 10 bits of mantissa: 60 dB.
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         shared = separator.shared(mixture) if hasattr(separator, "shared") else {}
         for i, query in enumerate((average, oracle)):
             known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 The numbers are those of mixit_scores.py, each beside that of doing nothing. An entry trained on anchors also meets the
 chain's evaluation pairs, where its outputs go to target and interferer by best assignment: an upper bound, to be read
-beside the query-based models and not against them.
+beside the query-based models and not against them. Memory giving out is a result here as in training.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def load_separator(directory: Path, device: str) -> Any:
 
 def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
     """(estimates, masks), float32; ValueError where an estimate is not finite."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         estimates, masks = separator.separate(mixture)
     if not estimates.isfinite().all():
         raise ValueError("NaN or infinity in the estimates")
@@ -255,6 +255,7 @@ def evaluate_mixit(
         raise ValueError(f"{name} was trained at {config['sample_rate']} Hz, and the test data are read at {rate} Hz")
     seconds = max(config["segment_seconds"])
     summary = {"status": config["status"], "segment_seconds": seconds, "steps": config["steps"]}
+    summary["trained_seconds"] = config["segment_seconds"]  # tested at the longest
     summary |= {key: config[key] for key in (*TOLD, "n_parameters")}
     inputs = [separator_dir / "config.json"]
     if config["status"] == "ok":
@@ -266,32 +267,58 @@ def evaluate_mixit(
     context: list[Any] = [*([test.music] if test.music else []), *([test.pairs] if test.pairs else [])]
     run = fingerprint(params, test.mixit, test.normalize, device, *context, *inputs)
     scratch = scratch_dir(f"evaluate_mixit@{name}", run)
-    finished = scratch / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    (finished / "examples").mkdir(parents=True)
+    finished = _empty(scratch / "finished")
     if config["status"] == "ok":
-        separator = load_separator(separator_dir, device)
-        moms = score_moms(separator, test, seconds, params, device)
-        mixtures, examples = score_mixtures(separator, test, seconds, params, device, finished / "examples")
-        pairs = None
-        if test.pairs is not None:
-            setup = PairsSetup(
-                run=run,
-                separator=separator_dir.absolute(),
-                pairs=test.pairs.absolute(),
-                anchors=test.source.absolute(),
-                normalize=test.normalize,
-                batch_size=params.batch_size,
-                device=device,
-            )
-            pairs = _all_pairs(setup, params, scratch)
-            write_atomic(finished / "pairs.parquet", _parquet(pairs))
-        write_atomic(finished / "moms.parquet", _parquet(moms))
-        write_atomic(finished / "mixtures.parquet", _parquet(mixtures))
-        summary |= summarise(moms, mixtures, pairs) | {"examples": examples}
+        try:
+            summary |= _scores(separator_dir, finished, seconds, run, scratch, test=test, params=params, device=device)
+        except (RuntimeError, MemoryError) as error:
+            if not mixit.is_out_of_memory(error):
+                raise
+            log.error("%s: out of memory: %s", name, error)
+            summary["status"] = "out_of_memory"
+            _empty(finished)
     publish(finished, out)
     shutil.rmtree(scratch)
     return summary
+
+
+def _empty(finished: Path) -> Path:
+    shutil.rmtree(finished, ignore_errors=True)
+    (finished / "examples").mkdir(parents=True)
+    return finished
+
+
+def _scores(
+    separator_dir: Path,
+    finished: Path,
+    seconds: float,
+    run: str,
+    scratch: Path,
+    *,
+    test: Test,
+    params: EvaluateMixitParams,
+    device: str,
+) -> dict[str, Any]:
+    """Write the tables and examples to `finished`; return their part of the summary."""
+    separator = load_separator(separator_dir, device)
+    moms = score_moms(separator, test, seconds, params, device)
+    mixtures, examples = score_mixtures(separator, test, seconds, params, device, finished / "examples")
+    pairs = None
+    if test.pairs is not None:
+        setup = PairsSetup(
+            run=run,
+            separator=separator_dir.absolute(),
+            pairs=test.pairs.absolute(),
+            anchors=test.source.absolute(),
+            normalize=test.normalize,
+            batch_size=params.batch_size,
+            device=device,
+        )
+        pairs = _all_pairs(setup, params, scratch)
+        write_atomic(finished / "pairs.parquet", _parquet(pairs))
+    write_atomic(finished / "moms.parquet", _parquet(moms))
+    write_atomic(finished / "mixtures.parquet", _parquet(mixtures))
+    return summarise(moms, mixtures, pairs) | {"examples": examples}
 
 
 def _all_pairs(setup: PairsSetup, params: EvaluateMixitParams, scratch: Path) -> pd.DataFrame:

@@ -196,7 +196,7 @@ def mine_part(part: Part, directory: Path, *, setup: Setup) -> None:
                     yield key, content
 
     reader = ShardReader(setup.clips)
-    with torch.inference_mode(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         members = shards.write_shard(directory / part.shard, samples())
     for member in members:
         kind = {"wav": "wav", "npy": "query"}.get(member.ext)

@@ -2,6 +2,9 @@
 
 Masked autoencoding (the report, section 3.3) on single mixtures, without labels or stems, on the tracks that the
 separators train on: the report's "entire corpus" would show them the test tracks.
+
+The weights are in a folder of their own, PRETRAINED. Beside it lies another, SCRATCH, whose content never changes: what
+an entry depends on that does without them.
 """
 
 import argparse
@@ -28,17 +31,19 @@ from pipeline.training import Validation, fit
 
 log = logging.getLogger(__name__)
 
+# What `pretrained` of an entry makes of dvc.yaml's pretrained_${item.pretrained}.
+PRETRAINED, SCRATCH = "pretrained_true", "pretrained_false"
 STATISTICS_BATCHES = 16  # for mean and deviation of the bins
 
 
 def pretrain_performer(
     index: Path, out: Path, curve: Path, *, music: MusicParams, params: PretrainPerformerParams, model: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write weights.safetensors (front end and encoder) and config.json to `out`; return the summary."""
+    """Write weights.safetensors (front end and encoder) and config.json to `out`/PRETRAINED; return the summary."""
     keep_freed_memory()
     use_available_cores()
     device = choose_device(params.device)
-    seconds = params.segment_seconds
+    seconds = params.segment_seconds or music.segment_seconds[0]
     train, held_out = (
         music_streams(
             index,
@@ -88,7 +93,7 @@ def pretrain_performer(
 
     def redraw(n: int) -> None:
         if params.redraw_every_steps and n and n % params.redraw_every_steps == 0:
-            separator.redraw(n, params.seed)
+            pretrainer.redraw(n, params.seed)
 
     # A mixture is half of a mixture of mixtures: an epoch has as many items as MixIT's has pairs, twice as long.
     steps = train.steps(params.epochs, max(1, params.batch_size // 2))
@@ -125,10 +130,12 @@ def pretrain_performer(
         "sample_rate": train.sample_rate,
     }
     finished = scratch / "finished"
-    finished.mkdir(parents=True, exist_ok=True)
+    for folder in (PRETRAINED, SCRATCH):
+        (finished / folder).mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu().contiguous() for name, tensor in pretrainer.encoder_state().items()}
-    write_atomic(finished / "weights.safetensors", save(state))
-    write_json(finished / "config.json", {"model": model, **summary})
+    write_atomic(finished / PRETRAINED / "weights.safetensors", save(state))
+    write_json(finished / PRETRAINED / "config.json", {"model": model, **summary})
+    write_atomic(finished / SCRATCH / "README.md", "Nothing: entries that are not pretrained depend on this.\n")
     publish(finished, out)
     shutil.rmtree(scratch)
     return summary

@@ -1,8 +1,9 @@
 """Stage train_mixit: train one entry of `mixit_music:` or `mixit_anchors:` without any labels, on mixtures of mixtures.
 
-The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest loss on fixed
-held-out mixtures are kept. Batch n is a pure function of (seed, n): a killed run goes on from its checkpoint to the
-weights it would have had. Memory giving out is a result, which is written; the graph goes on.
+The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest such loss on
+fixed held-out mixtures are kept, whatever auxiliary losses there are. Batch n is a pure function of (seed, n): a killed
+run goes on from its checkpoint to the weights it would have had. Memory giving out is a result, which is written; the
+graph goes on.
 """
 
 import argparse
@@ -84,7 +85,6 @@ def train_mixit(
     elif hasattr(separator, "learn_statistics"):
         heard = (torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES))
         separator.learn_statistics(heard)
-    separator.to(device)
     identity = json.dumps([entry.name, entry.params.model_dump(), entry.model, str(device)], sort_keys=True)
     inputs = [source / "index.parquet", source / "index.json"] if music is None else sorted(source.glob("*.parquet"))
     scratch = scratch_dir(
@@ -96,13 +96,17 @@ def train_mixit(
     def loss(batch: MomBatch) -> Tensor:
         return mixit.training_loss(separator, torch.from_numpy(batch.mixtures), entry.params, params, device)
 
+    mixit_alone = entry.params.model_copy(update={"diversity": 0.0, "sparsity": 0.0})  # chooses the weights
+
     def validation_loss() -> float:
         total, count = 0.0, 0
         with torch.inference_mode():
             for moms in held_out.moms:
                 for n in range(min(moms.n_batches, math.ceil(params.n_validation_moms / params.batch_size))):
                     batch = moms.batch(n)
-                    total += float(loss(batch)) * len(batch.mixtures)
+                    mixtures = torch.from_numpy(batch.mixtures)
+                    value = mixit.training_loss(separator, mixtures, mixit_alone, params, device)
+                    total += float(value) * len(batch.mixtures)
                     count += len(batch.mixtures)
         if not math.isfinite(total):
             raise FloatingPointError(f"{entry.name}: the validation loss is {total}")
@@ -128,6 +132,7 @@ def train_mixit(
     finished = scratch / "finished"
     finished.mkdir(parents=True, exist_ok=True)
     try:
+        separator.to(device)
         fitted = fit(
             separator,
             mixit.build_optimizer(separator, params.learning_rate, params.weight_decay),
@@ -180,7 +185,7 @@ def main() -> None:
     parser.add_argument("name", help="an entry of the section")
     parser.add_argument("--data", choices=["music", "anchors"], required=True)
     parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of train")
-    parser.add_argument("--pretrained", type=Path, help="where stage pretrain_performer wrote")
+    parser.add_argument("--pretrained", type=Path, help="weights of stage pretrain_performer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
