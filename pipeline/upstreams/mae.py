@@ -488,8 +488,8 @@ def read_published(
     if layout != "audiomae":
         state = {_eat_name(name): tensor for name, tensor in state.items() if _eat_name(name)}
         table = state.get("pos_embed", torch.zeros(0))
-        if table.ndim == 3 and table.shape[1] >= MAX_STEPS * BANDS:
-            # Row by row in time, for up to two minutes; their class token has no position.
+        if table.ndim == 3 and table.shape[1] >= MAX_STEPS * BANDS and table.shape[1] % BANDS == 0:
+            # Step by step of time, for up to two minutes; no row for the class token, which has no position.
             state["pos_embed"] = F.pad(table[:, : MAX_STEPS * BANDS], (0, 0, 1, 0))
     depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
     if not depth or "pos_embed" not in state:
