@@ -36,7 +36,7 @@ def test_every_value_fits_the_settings():
             k.removeprefix("model."): YAML(typ="safe").load(v) for k, v in (s.split("=") for s in ablation.settings)
         }
         if all(setting.startswith("model.") for setting in ablation.settings):
-            Settings(**{**usual, **changes})
+            assert Settings(**{**usual, **changes}).model_dump() == {**usual, **changes}
 
 
 STAGE = """\

@@ -22,7 +22,7 @@ def tiny(seed=0, **changes):
     return Separator(**TINY | changes)
 
 
-def close(found, expected, atol=1e-5):
+def assert_close(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -41,7 +41,7 @@ def test_sigmoid_masks_make_the_network_of_torchaudio(window_samples, samples):
     )
     theirs.load_state_dict(separator.network.state_dict())
     mixture = randn(2, samples)
-    close(separator(mixture), theirs(mixture[:, None]), atol=1e-6)
+    assert_close(separator(mixture), theirs(mixture[:, None]), atol=1e-6)
 
 
 @lengths
@@ -49,7 +49,7 @@ def test_sigmoid_masks_make_the_network_of_torchaudio(window_samples, samples):
 @pytest.mark.parametrize("consistency", ["uniform", "magsq"])
 def test_with_the_projection_the_estimates_add_up_to_the_mixture(samples, activation, consistency):
     mixture = randn(2, samples)
-    close(tiny(mask_activation=activation, consistency=consistency)(mixture).sum(dim=1), mixture)
+    assert_close(tiny(mask_activation=activation, consistency=consistency)(mixture).sum(dim=1), mixture)
 
 
 @lengths
@@ -58,16 +58,16 @@ def test_softmax_masks_add_up_to_one_and_the_estimates_to_what_the_filters_keep(
     estimates, masks = separator.separate(mixture)
     assert estimates.shape == (2, 3, samples)
     assert masks.shape == (2, 3, 12, -(-samples // 11) + 1)
-    close(masks.sum(dim=1), torch.ones_like(masks[:, 0]), atol=1e-6)
+    assert_close(masks.sum(dim=1), torch.ones_like(masks[:, 0]), atol=1e-6)
     padded = torch.nn.functional.pad(mixture, (0, -samples % 11))[:, None]
     kept = separator.network.decoder(separator.network.encoder(padded))[:, 0, :samples]
-    close(estimates.sum(dim=1), kept)
+    assert_close(estimates.sum(dim=1), kept)
     assert torch.equal(separator(mixture), estimates)
 
 
 def test_a_mask_of_one_source_passes_everything():
     mixture = randn(2, 1000)
-    close(tiny(n_sources=1, consistency="uniform")(mixture)[:, 0], mixture)
+    assert_close(tiny(n_sources=1, consistency="uniform")(mixture)[:, 0], mixture)
     assert (tiny(n_sources=1).separate(mixture)[1] == 1).all()
 
 
@@ -125,7 +125,7 @@ def test_autocast_leaves_filters_and_masks_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         estimates, masks = separator.separate(mixture)
     assert estimates.dtype == masks.dtype == torch.float32
-    close(estimates.sum(dim=1), mixture)
+    assert_close(estimates.sum(dim=1), mixture)
     assert 0 < ((estimates - plain).norm() / plain.norm()).item() < 0.02
 
 

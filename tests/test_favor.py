@@ -42,7 +42,7 @@ def encoder(seed=0, **changes):
     return PerformerEncoder(**ENCODER | changes)
 
 
-def close(found, expected, atol=1e-5):
+def assert_close(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -51,7 +51,7 @@ def test_features_of_the_published_code(eps):
     golden = fill.arrays("favor")
     for kind in ("query", "key"):
         found = favor_features(golden[f"small_{kind[0]}"], golden["small_w"], kind, "paper", eps)
-        close(found, golden[f"small_eps{eps:g}_{kind[0]}f"], atol=1e-6)
+        assert_close(found, golden[f"small_eps{eps:g}_{kind[0]}f"], atol=1e-6)
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -60,10 +60,10 @@ def test_output_of_the_published_code(size, eps):
     golden = fill.arrays("favor")
     name = f"{size}_eps{eps:g}"
     arguments = [golden[f"{size}_{x}"] for x in "qkvw"]
-    close(favor_attention(*arguments, stabiliser="paper", eps=eps), golden[f"{name}_out"], atol=3e-6)
+    assert_close(favor_attention(*arguments, stabiliser="paper", eps=eps), golden[f"{name}_out"], atol=3e-6)
     if size == "small":
         doubled = favor_attention(*(x.double() for x in arguments), stabiliser="paper", eps=eps)
-        close(doubled, golden[f"{name}_out64"], atol=1e-12)
+        assert_close(doubled, golden[f"{name}_out64"], atol=1e-12)
 
 
 @pytest.mark.parametrize(("n_features", "dim"), [(24, 8), (13, 8), (5, 8)])
@@ -72,13 +72,13 @@ def test_random_features_are_orthogonal_in_blocks(n_features, dim):
     assert rows.shape == (n_features, dim)
     for block in rows.split(dim):
         gram = block @ block.T
-        close(gram, gram.diagonal().diag())
+        assert_close(gram, gram.diagonal().diag())
 
 
 def test_every_row_of_the_random_features_is_a_gaussian_vector():
     rows = torch.stack([orthogonal_features(8, 4, generator(seed)) for seed in range(2000)])
-    close(rows.mean(dim=0), torch.zeros(8, 4), atol=0.1)
-    close(rows.std(dim=0), torch.ones(8, 4), atol=0.1)
+    assert_close(rows.mean(dim=0), torch.zeros(8, 4), atol=0.1)
+    assert_close(rows.std(dim=0), torch.ones(8, 4), atol=0.1)
     lengths = rows.square().sum(dim=-1)  # chi-squared with 4 degrees of freedom
     assert abs(lengths.mean() - 4) < 0.1
     assert abs(lengths.var() - 8) < 0.8
@@ -103,13 +103,13 @@ def test_attention_is_the_quadratic_product_of_its_features(stabiliser, eps, mas
     arguments = inputs()
     key_mask = torch.arange(37)[None] < torch.tensor([[37], [20]]) if masked else None
     form = {"stabiliser": stabiliser, "eps": eps, "key_mask": key_mask}
-    close(favor_attention(*arguments, **form), quadratic(*arguments, **form))
+    assert_close(favor_attention(*arguments, **form), quadratic(*arguments, **form))
 
 
 def test_both_stabilisers_are_the_same_attention_without_eps():
     arguments = inputs(scale=1.5, dtype=torch.float64)
     paper, full = (favor_attention(*arguments, stabiliser=s, eps=0.0) for s in ("paper", "full"))
-    close(full, paper, atol=1e-10)
+    assert_close(full, paper, atol=1e-10)
 
 
 def test_the_full_stabiliser_bears_a_larger_eps():
@@ -133,7 +133,7 @@ def test_masked_keys_are_as_if_they_were_not_there(stabiliser, eps):
     k[..., 20:, :], v[..., 20:, :] = 30.0, 1e4  # the largest keys by far
     k.requires_grad_()
     out = favor_attention(q, k, v, w, key_mask=(torch.arange(37) < 20).expand(2, -1), **form)
-    close(out, short, atol=1e-6)
+    assert_close(out, short, atol=1e-6)
     out.square().sum().backward()
     assert k.grad.isfinite().all()
     assert k.grad[..., :20, :].any()
@@ -162,7 +162,7 @@ def test_the_gradient_is_that_of_the_quadratic_product(stabiliser):
     expected = gradients(quadratic)
     for recompute in (False, True):
         for found, right in zip(gradients(favor_attention, recompute=recompute), expected, strict=True):
-            close(found, right, atol=1e-9)
+            assert_close(found, right, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 30.0])
@@ -232,7 +232,7 @@ def test_padded_tokens_change_nothing_for_the_others(attention):
     alone = model(tokens[:, :19])
     padded = tokens.clone()
     padded[:, 19:] = 100.0
-    close(model(padded, (torch.arange(30) < 19).expand(2, -1))[:, :19], alone, atol=1e-5)
+    assert_close(model(padded, (torch.arange(30) < 19).expand(2, -1))[:, :19], alone, atol=1e-5)
 
 
 def test_positions_tell_equal_tokens_apart_and_can_be_given():
@@ -255,7 +255,7 @@ def test_queries_and_keys_are_normed_with_a_gain_that_starts_at_0_35():
     attention = encoder().blocks[0].attention
     assert (attention.query_norm.weight == 0.35).all()
     rms = attention.key_norm(50 * randn(4, 8)).square().mean(dim=-1).sqrt()
-    close(rms, torch.full((4,), 0.35), atol=1e-4)
+    assert_close(rms, torch.full((4,), 0.35), atol=1e-4)
     assert encoder(qk_norm=False).blocks[0].attention.query_norm is None
 
 
@@ -340,5 +340,5 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_one_token_attends_to_itself():
     q, k, v, w = inputs(tokens=1)
-    close(favor_attention(q, k, v, w, stabiliser="full", eps=1e-8), v, atol=1e-6)
+    assert_close(favor_attention(q, k, v, w, stabiliser="full", eps=1e-8), v, atol=1e-6)
     assert math.isfinite(encoder()(randn(1, 1, 32)).sum().item())

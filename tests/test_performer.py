@@ -41,7 +41,7 @@ def tones(samples=1024):
     return 0.3 * (2 * math.pi * hz[..., None] * time).sin().sum(dim=1)
 
 
-def close(found, expected, atol=1e-5):
+def assert_close(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -53,15 +53,15 @@ def test_softmax_masked_estimates_add_up_to_the_mixture_of_any_length(front_end,
     estimates, masks = tiny(front_end=front_end, patch_frames=patch_frames).separate(mixture)
     assert estimates.shape == (2, 3, samples)
     assert masks.shape == (2, 3, 33, max(samples, 33) // 16 + 1)
-    close(estimates.sum(dim=1), mixture)
-    close(masks.sum(dim=1), torch.ones_like(masks[:, 0]), atol=1e-6)
+    assert_close(estimates.sum(dim=1), mixture)
+    assert_close(masks.sum(dim=1), torch.ones_like(masks[:, 0]), atol=1e-6)
 
 
 @pytest.mark.parametrize("consistency", ["uniform", "magsq"])
 @pytest.mark.parametrize("samples", [1, 999])
 def test_the_projection_makes_sigmoid_masked_estimates_add_up(consistency, samples):
     mixture = randn(2, samples)
-    close(tiny(mask_activation="sigmoid", consistency=consistency)(mixture).sum(dim=1), mixture)
+    assert_close(tiny(mask_activation="sigmoid", consistency=consistency)(mixture).sum(dim=1), mixture)
     assert not torch.allclose(tiny(mask_activation="sigmoid")(mixture).sum(dim=1), mixture, atol=1e-3)
 
 
@@ -73,10 +73,10 @@ def test_masks_start_near_equal_shares_but_not_equal(activation, n_sources):
         if activation == "softmax":
             assert (masks == 1).all()
         else:
-            close(masks, torch.full_like(masks, 0.5), atol=0.3)
+            assert_close(masks, torch.full_like(masks, 0.5), atol=0.3)
             assert masks.std() > 0.001
         return
-    close(masks, torch.full_like(masks, 1 / n_sources), atol=0.6 / n_sources)
+    assert_close(masks, torch.full_like(masks, 1 / n_sources), atol=0.6 / n_sources)
     assert abs(masks.mean() * n_sources - 1) < 0.03
     assert (masks[:, 0] - masks[:, 1]).abs().mean() > 0.01 / n_sources
 
@@ -88,7 +88,7 @@ def test_the_masks_returned_are_those_applied():
     masked = masks[:, 1].transpose(1, 2) * spectrum
     window = torch.hann_window(64)
     expected = torch.istft(masked.transpose(1, 2), 64, 16, window=window, length=1024)
-    close(estimates[:, 1], expected, atol=1e-6)
+    assert_close(estimates[:, 1], expected, atol=1e-6)
     assert torch.equal(separator(mixture), estimates)
 
 
@@ -108,12 +108,12 @@ def test_a_patch_of_frames_has_their_masks_side_by_side(patch_frames):
 def test_features_are_log_magnitudes_brought_to_scale():
     separator, waveform = tiny(), 0.3 * randn(2, 999)
     expected = torch.log1p(100 * stft(waveform, n_fft=64, hop_length=16).abs())
-    close(separator.log_magnitude(waveform), expected, atol=1e-4)
+    assert_close(separator.log_magnitude(waveform), expected, atol=1e-4)
     mean, std = statistics(separator, [waveform[:1], waveform[1:]])
     separator.set_statistics(mean, std)
     normalised = separator.normalised(waveform).flatten(0, 1)
-    close(normalised.mean(dim=0), torch.zeros(33), atol=1e-4)
-    close(normalised.std(dim=0, correction=0), torch.ones(33), atol=1e-4)
+    assert_close(normalised.mean(dim=0), torch.zeros(33), atol=1e-4)
+    assert_close(normalised.std(dim=0, correction=0), torch.ones(33), atol=1e-4)
 
 
 def test_minmax_brings_the_training_data_between_zero_and_one():
@@ -121,7 +121,7 @@ def test_minmax_brings_the_training_data_between_zero_and_one():
     separator.set_statistics(*statistics(separator, [waveform]))
     normalised = separator.normalised(waveform)
     assert normalised.min() == 0
-    close(normalised.max(), torch.tensor(1.0), atol=1e-6)
+    assert_close(normalised.max(), torch.tensor(1.0), atol=1e-6)
     separator = tiny(norm="none")
     separator.set_statistics(*statistics(separator, [waveform]))
     assert torch.equal(separator.normalised(waveform), separator.log_magnitude(waveform))
@@ -188,7 +188,7 @@ def test_autocast_leaves_transform_and_masks_in_float32(front_end):
     with torch.autocast("cpu", torch.bfloat16):
         estimates, masks = separator.separate(mixture)
     assert estimates.dtype == masks.dtype == torch.float32
-    close(estimates.sum(dim=1), mixture)
+    assert_close(estimates.sum(dim=1), mixture)
     assert 0 < ((estimates - plain).norm() / plain.norm()).item() < 0.01
 
 
@@ -244,7 +244,7 @@ def test_hidden_tokens_come_in_spans_and_everywhere_alike():
     hidden = pretrainer.draw(4000, 101, generator())
     begins = (hidden[:, 1:] & ~hidden[:, :-1]).sum(dim=1) + hidden[:, 0]
     assert begins.max() <= 6  # of 30 tokens: three whole spans, two cut by the ends, one that was only begun
-    close(hidden.float().mean(dim=0), torch.full((101,), 30 / 101), atol=0.04)
+    assert_close(hidden.float().mean(dim=0), torch.full((101,), 30 / 101), atol=0.04)
     assert torch.equal(pretrainer.draw(3, 101, generator(4)), pretrainer.draw(3, 101, generator(4)))
     assert not torch.equal(pretrainer.draw(3, 101, generator(4)), pretrainer.draw(3, 101, generator(5)))
     assert Pretrainer(tiny(patch_frames=3), mask_span=8).span_tokens == 3
@@ -262,7 +262,7 @@ def test_the_loss_is_the_mean_square_of_what_is_asked(mask_mode, target, loss_on
     frames = pretrainer.targets(waveform).square().mean(dim=-1)
     hidden = pretrainer.draw(2, frames.shape[1], generator(3))
     expected = frames.mean() if loss_on == "all" else frames[hidden].mean()
-    close(pretrainer(waveform, generator(3)), expected)
+    assert_close(pretrainer(waveform, generator(3)), expected)
 
 
 @each_patch
@@ -273,9 +273,9 @@ def test_targets_are_fixed_data_of_each_frame(patch_frames, samples):
     assert torch.equal(Pretrainer(separator).targets(waveform), separator.normalised(waveform))
     wave = Pretrainer(separator, target="wave").targets(waveform)
     assert wave.shape == (2, samples // 16 + 1, 64)
-    close(wave[:, 2], waveform[:, :64], atol=0)  # the third frame is centred at sample 32
+    assert_close(wave[:, 2], waveform[:, :64], atol=0)  # the third frame is centred at sample 32
     spectrum = torch.fft.rfft(wave * torch.hann_window(64))
-    close(spectrum.abs(), stft(waveform, n_fft=64, hop_length=16).abs(), atol=1e-4)
+    assert_close(spectrum.abs(), stft(waveform, n_fft=64, hop_length=16).abs(), atol=1e-4)
 
 
 @each_mode

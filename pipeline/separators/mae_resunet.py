@@ -142,7 +142,8 @@ class Separator(resunet.Separator):
         ours = {name.replace(".base_layer.", "."): name for name in self.upstream.state_dict() if ".lora_" not in name}
         if set(ours) != set(state):
             raise RuntimeError(f"the pretrained upstream differs in {sorted(set(ours) ^ set(state))[:5]}")
-        self.upstream.load_state_dict({ours[name]: tensor for name, tensor in state.items()}, strict=False)
+        adapters = {name: t for name, t in self.upstream.state_dict().items() if ".lora_" in name}
+        self.upstream.load_state_dict({ours[name]: tensor for name, tensor in state.items()} | adapters)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """For an optimizer: the U-Net and the fusion; the layers' weights; the encoder's layers, from the last down.
