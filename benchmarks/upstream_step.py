@@ -39,7 +39,7 @@ from pipeline.cost import cost
 from pipeline.losses import l1_loss
 from pipeline.pretraining import PretrainParams
 from pipeline.runtime import keep_freed_memory
-from pipeline.separators import build, model_params
+from pipeline.separators import build, model_params, separate_part
 from pipeline.stages.sed import SedParams
 from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
 from pipeline.training import build_optimizer
@@ -107,11 +107,7 @@ class Step:
     def __call__(self, mixture: Tensor, target: Tensor, query: Tensor) -> float:
         """Seconds of one step, as stage train_separator takes it: of the part of the mixture that has a target."""
         start = now(self.device)
-        part = slice(0, target.shape[1])
-        if getattr(self.network, "hears_whole", False):
-            estimate = self.network(mixture, query, part)
-        else:
-            estimate = self.network(mixture[:, part], query)
+        estimate = separate_part(self.network, mixture, query, slice(0, target.shape[1]))
         loss = l1_loss(estimate.float(), target).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

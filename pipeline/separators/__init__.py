@@ -39,6 +39,15 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return separator
 
 
+def separate_part(separator: nn.Module, mixture: Tensor, query: Tensor, part: slice) -> Tensor:
+    """What each query asks for in this part of its mixture, as in training: (batch, part)."""
+    if getattr(separator, "hears_whole", False):
+        estimate: Tensor = separator(mixture, query, part)
+    else:
+        estimate = separator(mixture[:, part], query)
+    return estimate
+
+
 def takes_query(name: str) -> bool:
     """Whether it separates what it is asked for; otherwise it gives all sources at once. ValueError as in `build`."""
     if name not in names():

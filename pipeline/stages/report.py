@@ -250,11 +250,8 @@ def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
     encoder_is = f"{settings.mae.weights_format}, published" if settings.mae.weights else "pretrained in this run"
     return [
         tables.Comparison("A-MAE", encoder_is, "audiomae, published"),
-        tables.Comparison(
-            "A-MAE's encoder",
-            f"{size.get('depth')} layers of {size.get('dim')}" if not settings.mae.weights else "12 layers of 768",
-            "12 layers of 768",
-        ),
+        # Of a published encoder the sizes are its file's, and the line above says which it is.
+        *([] if settings.mae.weights else [_encoder_size(size)]),
         *(
             tables.Comparison(
                 f"{name}: features (input and fusion as we read the paper)",
@@ -264,6 +261,10 @@ def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
             for name, m in models.items()
         ),
     ]
+
+
+def _encoder_size(size: Mapping[str, Any]) -> tables.Comparison:
+    return tables.Comparison("A-MAE's encoder", f"{size.get('depth')} layers of {size.get('dim')}", "12 layers of 768")
 
 
 def read_examples(scores: Path, models: Sequence[str], budget: int) -> tuple[list[page.Example], int, int]:

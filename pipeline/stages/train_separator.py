@@ -37,7 +37,7 @@ from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
 from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import PairStream
-from pipeline.separators import build, model_params, read_published
+from pipeline.separators import build, model_params, read_published, separate_part
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,7 @@ def train(
     def loss(batch: Batch) -> Tensor:
         batch = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
-            if getattr(model, "hears_whole", False):
-                estimate = model(batch.mixture, batch.query, batch.part)
-            else:
-                estimate = model(batch.mixture[:, batch.part], batch.query)
+            estimate = separate_part(model, batch.mixture, batch.query, batch.part)
         return l1_loss(estimate.float(), batch.target).mean()
 
     groups = getattr(model, "parameter_groups", None)
