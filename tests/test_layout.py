@@ -188,6 +188,7 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
             read_entry(name, data, profile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     for name in ("dvc.yaml", ".dvcignore"):

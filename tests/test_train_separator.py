@@ -141,6 +141,7 @@ def start(anchors, directory):
     return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_gives_the_same_bytes(anchors, tmp_path):
     process = start(anchors, tmp_path / "whole")
     process.communicate()

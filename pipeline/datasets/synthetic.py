@@ -24,6 +24,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from pydantic import Field
 from pipeline import ontology
 from pipeline.config import Params
 from pipeline.datasets import Clip, load
-from pipeline.runtime import write_atomic, write_json
+from pipeline.runtime import cpu_count, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -699,8 +700,10 @@ def prepare(root: Path, options: Options) -> None:
     logger.info("%s: making %d of %d clips", root, len(todo), len(listed))
     for leftover in audio.glob(".*.tmp"):
         leftover.unlink()
-    for entry in todo:
-        write_atomic(audio / entry.name, _file(entry, options.seed))
+    # Threads: nearly all of the time is spent in FFTs and encoders, which let each other run.
+    with ThreadPoolExecutor(cpu_count()) as threads:
+        for _ in threads.map(lambda entry: write_atomic(audio / entry.name, _file(entry, options.seed)), todo):
+            pass
     for name, text in tables.items():
         write_atomic(root / name, text)
     # Last: a corpus with sizes in its marker is complete.

@@ -96,8 +96,7 @@ class Separator(resunet.Separator):
             phase_bias=phase_bias,
         )
         self.settings = Settings.model_validate(settings)
-        fusion, dim = self.settings.fusion, 0
-        layers = self.settings.layers
+        fusion, layers = self.settings.fusion, self.settings.layers
         # Zhao et al.: the last layer's if frozen, a weighted sum of all if updated.
         self.layers = ("last" if self.settings.freeze_mae else "weighted") if layers == "auto" else layers
         if fusion == "none":
