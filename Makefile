@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
-.PHONY: repro ablations test test-fast check format lock benchmarks clean
+.PHONY: repro ablations test test-fast check gate format lock benchmarks clean
 
 repro: $(READY)  ## the whole graph, from raw audio to reports/report.html
 	dvc repro
@@ -23,6 +23,9 @@ check: $(READY)  ## ruff, ruff format, mypy --strict
 	ruff check .
 	ruff format --check .
 	mypy
+
+gate: $(READY)  ## the bounds of params.yaml, held against the committed reports/metrics.json
+	python -m pipeline.gate reports/metrics.json
 
 format: $(READY)
 	ruff check --fix .

@@ -302,7 +302,7 @@ def test_without_bss_its_means_are_none_and_without_mixtures_there_are_no_stems(
     assert len(pd.read_parquet(tmp_path / "none" / "mixtures.parquet")) == 0
 
 
-def test_the_longest_length_is_tested_and_no_more_than_there_is(world, tmp_path):
+def test_every_length_is_tested_and_no_more_than_there_is(world, tmp_path):
     both = write_separator(tmp_path / "both", "conv_tasnet", "music", segment_seconds=[0.25, 0.5])
     params = PARAMS.model_copy(update={"n_moms": 1000, "bss": False})
     summary = run(world, "music", tmp_path / "scores", params, both)
@@ -310,6 +310,34 @@ def test_the_longest_length_is_tested_and_no_more_than_there_is(world, tmp_path)
     assert summary["moms"]["n"] == 2 * 4  # two tracks of 2 s
     rate, mixture = wavfile.read(tmp_path / "scores" / "examples" / "0-mixture.wav")
     assert (rate, len(mixture)) == (RATE, 4000)
+    # The shorter one as it would be alone, but for the sounds, which are of the longest.
+    single = write_separator(tmp_path / "single", "conv_tasnet", "music", segment_seconds=[0.25])
+    alone = run(world, "music", tmp_path / "alone", params, single)
+    (shorter,) = summary["shorter"]
+    assert (shorter["status"], shorter["segment_seconds"], shorter["moms"]["n"]) == ("ok", 0.25, 2 * 8)
+    assert {key: shorter[key] for key in ("moms", "stems", "masks")} == {
+        key: alone[key] for key in ("moms", "stems", "masks")
+    }
+    for table in ("moms.parquet", "mixtures.parquet"):
+        found = pd.read_parquet(tmp_path / "scores" / "0.25s" / table)
+        pd.testing.assert_frame_equal(found, pd.read_parquet(tmp_path / "alone" / table))
+
+
+def test_memory_that_gives_out_at_one_length_costs_that_length(world, tmp_path, monkeypatch):
+    both = write_separator(tmp_path / "both", "conv_tasnet", "music", segment_seconds=[0.25, 0.5])
+    score = stage.score_moms
+
+    def runs_out(separator, test, seconds, *arguments):
+        if seconds == 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(separator, test, seconds, *arguments)
+
+    monkeypatch.setattr(stage, "score_moms", runs_out)
+    summary = run(world, "music", tmp_path / "scores", PARAMS, both)
+    assert summary["status"] == "out_of_memory"
+    assert summary["shorter"][0]["status"] == "ok"
+    assert not (tmp_path / "scores" / "moms.parquet").exists()
+    assert (tmp_path / "scores" / "0.25s" / "moms.parquet").exists()
 
 
 @pytest.mark.parametrize("where", ["score_moms", "pair_scores"])

@@ -162,6 +162,28 @@ def holds_a_lock(pid, locks):
     return False
 
 
+def test_dvc_is_ended_and_started_again_beside_its_stage(project):
+    """SIGTERM to dvc alone: another one at once refuses, or ends with the same bytes; a third does anyway."""
+    name = "train_separator@resunet"
+    outs = [str(out) for out in STAGES[name].outs]
+    before = digests(project, outs)
+    shutil.rmtree(project / "data" / "separators" / "resunet")
+    command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", name]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment(project), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list((project / "data" / "scratch" / "locks").glob("*.lock")):
+        time.sleep(0.01)
+    process.terminate()
+    process.wait()
+    assert process.returncode != 0
+    second = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
+    assert second.returncode == 0 or "is alive" in second.stderr + second.stdout
+    third = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr[-3000:]
+    assert digests(project, outs) == before
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name):
     stage = STAGES[name]

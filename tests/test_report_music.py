@@ -296,6 +296,19 @@ def test_an_entry_of_several_lengths_is_held_against_no_figure(tmp_path):
         assert (found["performer_3"], found["performer_10"]) == (DASH, figure)
 
 
+def test_an_entry_tested_at_several_lengths_has_a_row_for_each_and_a_place_in_the_chart(tmp_path):
+    several = summary_of("performer_3", trained_seconds=[3.0, 10.0], segment_seconds=10.0)
+    several["shorter"] = [{"status": "ok", "segment_seconds": 3.0, "moms": several["moms"] | {"n": 7}}]
+    longest, shorter, *_ = entries_of(tmp_path, {"performer_3": several})
+    assert (longest.name, longest.tested_seconds) == ("performer_3", 10.0)
+    assert (shorter.name, shorter.segment) == ("performer_3@3s", "3 and 10 s, tested at 3 s")
+    assert (shorter.seconds, shorter.tested_seconds, shorter.numbers["n_moms"]) == (None, 3.0, 7)
+    assert "stem_si_snri" not in shorter.numbers
+    assert longest.signature == shorter.signature
+    assert "mixit.performer_3@3s.snr" in music.metrics([longest, shorter], {})
+    assert music.length_drawing([longest, shorter]) != music.length_drawing([longest])
+
+
 def test_the_source_reports_figures_stand_where_they_belong_and_nowhere_else(run):
     text = (run / "mixit.md").read_text()
     figures = [row[-1] for row in rows_of(text, "Table 1") if row[-1] != DASH]

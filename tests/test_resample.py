@@ -109,10 +109,10 @@ def environment(workspace, workers=0):
     }  # fmt: skip
 
 
-def run(workspace, out="clips", workers=0, driver=None, **kwargs):
+def run(workspace, out="clips", workers=0, driver=None, variables=None, **kwargs):
     return subprocess.run(
-        command(out, driver), cwd=workspace, env=environment(workspace, workers), timeout=60, capture_output=True,
-        text=True, **kwargs,
+        command(out, driver), cwd=workspace, env=environment(workspace, workers) | (variables or {}), timeout=60,
+        capture_output=True, text=True, **kwargs,
     )  # fmt: skip
 
 
@@ -390,6 +390,31 @@ def test_a_full_disk_leaves_no_partial_shard(small):
         assert (path.parent / "done.json").exists()
     assert not list(small.rglob("*.tmp"))
 
+    run_well(small)
+    run_well(small, out="again")
+    assert contents(small / "clips") == contents(small / "again")
+
+
+def test_neither_the_locale_nor_the_clock_changes_a_byte(small):
+    """File names that are not ASCII under LC_ALL=C; recordings dated 1970, and then 2100."""
+    names = ["Glocke läutet.wav", "鐘.flac"]
+    write_files(small, {name: encoded(sound(2, seed=9), format=name.split(".")[1].upper()) for name in names})
+    list_clips(small, [path.name for path in (small / "corpus").iterdir()], seconds=2.0)
+    run_well(small)
+    found = contents(small / "clips")
+    assert sum("läutet" in row["path"] for row in rows_of(small / "manifest" / "train.csv")) == 1
+    for out, seconds in (("past", 0), ("future", 4_102_444_800)):
+        for path in (small / "corpus").iterdir():
+            os.utime(path, (seconds, seconds))
+        run_well(small, out=out, variables={"LC_ALL": "C", "LANG": "C"})
+        assert contents(small / out) == found
+
+
+def test_an_output_that_cannot_be_written_is_named_and_nothing_is_lost(small):
+    """Below /proc nobody may make a folder, not even root."""
+    done = run(small, out="/proc/clips")
+    assert done.returncode != 0
+    assert "/proc/" in done.stderr.splitlines()[-1]
     run_well(small)
     run_well(small, out="again")
     assert contents(small / "clips") == contents(small / "again")

@@ -69,6 +69,7 @@ class Entry:
     numbers: dict[str, int | float] = field(default_factory=dict)  # as in metrics.json, without the prefix
     examples: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, int | float] = field(default_factory=dict)
+    tested_seconds: float | None = None  # where it was trained on several lengths: the one of its numbers
     several: str = ""  # what it was trained and tested on, where `seconds` is not one length
 
     @property
@@ -172,32 +173,41 @@ def read_entries(
             raise ValueError(f"an entry may be named with letters, digits, _ and -: not {name!r}")
         path = summaries / f"evaluate_mixit_{name}.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        said = {**entry, **summary}  # what was evaluated speaks for itself
-        seconds, several = said.get("trained_seconds") or said.get("segment_seconds"), ""
-        if isinstance(seconds, list) and len(seconds) > 1:
-            several = " and ".join(f"{length:g}" for length in seconds) + " s"
-            several += f", tested at {summary['segment_seconds']:g} s" if summary else ""
-        if isinstance(seconds, list):
-            seconds = seconds[0] if len(seconds) == 1 else None
-        entries.append(
-            Entry(
-                name,
-                str(said.get("architecture", DASH)),
-                str(said.get("data", DASH)),
-                None if seconds is None else float(seconds),
-                bool(said.get("pretrained", False)),
-                float(said.get("diversity", 0.0)),
-                float(said.get("sparsity", 0.0)),
-                str(said.get("sparsity_form", "report")),
-                json.dumps({key: entry[key] for key in sorted(entry) if key != "segment_seconds"}, default=str),
-                summary.get("status"),
-                _numbers(summary),
-                list(summary.get("examples") or []),
-                dict(timings.get(f"train_mixit@{name}", {})),
-                several,
-            )
-        )
+        entries.append(_entry(name, entry, summary, dict(timings.get(f"train_mixit@{name}", {}))))
+        # Trained on several lengths: once more for each of the others that it was tested at.
+        for shorter in summary.get("shorter", []):
+            shown = {**summary, "moms": None, "stems": None, "masks": None, "pairs": None, **shorter, "examples": []}
+            entries.append(_entry(f"{name}@{shorter['segment_seconds']:g}s", entry, shown, {}))
     return entries
+
+
+def _entry(name: str, entry: Mapping[str, Any], summary: Mapping[str, Any], timing: dict[str, int | float]) -> Entry:
+    said = {**entry, **summary}  # what was evaluated speaks for itself
+    trained = said.get("trained_seconds") or said.get("segment_seconds")
+    lengths = trained if isinstance(trained, list) else [] if trained is None else [trained]
+    several = ""
+    if len(lengths) > 1:
+        several = " and ".join(f"{length:g}" for length in lengths) + " s"
+        several += f", tested at {summary['segment_seconds']:g} s" if summary else ""
+    return Entry(
+        name,
+        str(said.get("architecture", DASH)),
+        str(said.get("data", DASH)),
+        float(lengths[0]) if len(lengths) == 1 else None,
+        bool(said.get("pretrained", False)),
+        float(said.get("diversity", 0.0)),
+        float(said.get("sparsity", 0.0)),
+        str(said.get("sparsity_form", "report")),
+        json.dumps(
+            {key: entry[key] for key in sorted(entry) if key != "segment_seconds" or len(lengths) > 1}, default=str
+        ),
+        summary.get("status"),
+        _numbers(summary),
+        list(summary.get("examples") or []),
+        timing,
+        float(summary["segment_seconds"]) if several and summary else None,
+        several,
+    )
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, int | float]:
@@ -353,7 +363,8 @@ def _do_nothing(
     for entry in entries:
         if "do_nothing_snr" in entry.numbers:
             numbers = (str(_cell(entry, "do_nothing_snr")), str(_cell(entry, "do_nothing_si_snr")), _outputs(entry))
-            groups.setdefault((entry.data, entry.seconds), {}).setdefault(numbers, []).append(entry)
+            length = entry.seconds or entry.tested_seconds
+            groups.setdefault((entry.data, length), {}).setdefault(numbers, []).append(entry)
     rows = []
     for (data, seconds), found in groups.items():
         for of in found.values():
@@ -634,13 +645,13 @@ def length_drawing(entries: Sequence[Entry]) -> str:
         panels[title] = [
             charts.Point(
                 labels[entry.signature],
-                entry.seconds,
+                seconds,
                 entry.numbers[key],
                 entry.numbers.get(f"{key}_ci_lo"),
                 entry.numbers.get(f"{key}_ci_hi"),
             )
             for entry in entries
-            if entry.seconds is not None and key in entry.numbers
+            if (seconds := entry.seconds or entry.tested_seconds) is not None and key in entry.numbers
         ]
     return charts.length_chart(panels)
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -245,7 +245,10 @@ def summarise(moms: pd.DataFrame, mixtures: pd.DataFrame, pairs: pd.DataFrame | 
 def evaluate_mixit(
     name: str, separator_dir: Path, out: Path, *, test: Test, params: EvaluateMixitParams
 ) -> dict[str, Any]:
-    """Write moms.parquet, mixtures.parquet, pairs.parquet (of anchors) and examples to `out`; return the summary."""
+    """Write moms.parquet, mixtures.parquet, pairs.parquet (of anchors) and examples to `out`; return the summary.
+
+    Of an entry trained on several lengths these are of the longest, and those of another length lie in `<length>s/`.
+    """
     keep_freed_memory()
     use_available_cores()
     device = str(choose_device(params.device))
@@ -253,9 +256,9 @@ def evaluate_mixit(
     rate = AnchorIndex.load(test.source).sample_rate if test.music is None else test.music.sample_rate
     if rate != config["sample_rate"]:
         raise ValueError(f"{name} was trained at {config['sample_rate']} Hz, and the test data are read at {rate} Hz")
-    seconds = max(config["segment_seconds"])
-    summary = {"status": config["status"], "segment_seconds": seconds, "steps": config["steps"]}
-    summary["trained_seconds"] = config["segment_seconds"]  # tested at the longest
+    longest, *shorter = sorted(config["segment_seconds"], reverse=True)
+    summary = {"status": config["status"], "segment_seconds": longest, "steps": config["steps"]}
+    summary["trained_seconds"] = config["segment_seconds"]
     summary |= {key: config[key] for key in (*TOLD, "n_parameters")}
     inputs = [separator_dir / "config.json"]
     if config["status"] == "ok":
@@ -263,20 +266,29 @@ def evaluate_mixit(
     if test.music is None:
         inputs += [test.source / file for file in ("index.parquet", "index.json", "shards.json")]
     else:
-        inputs.append(index_file(test.source, seconds))
+        inputs += [index_file(test.source, seconds) for seconds in (longest, *shorter)]
     context: list[Any] = [*([test.music] if test.music else []), *([test.pairs] if test.pairs else [])]
     run = fingerprint(params, test.mixit, test.normalize, device, *context, *inputs)
     scratch = scratch_dir(f"evaluate_mixit@{name}", run)
     finished = _empty(scratch / "finished")
-    if config["status"] == "ok":
+
+    def scores(seconds: float, folder: Path, test: Test) -> dict[str, Any]:
         try:
-            summary |= _scores(separator_dir, finished, seconds, run, scratch, test=test, params=params, device=device)
+            return _scores(separator_dir, folder, seconds, run, scratch, test=test, params=params, device=device)
         except (RuntimeError, MemoryError) as error:
             if not mixit.is_out_of_memory(error):
                 raise
-            log.error("%s: out of memory: %s", name, error)
-            summary["status"] = "out_of_memory"
-            _empty(finished)
+            log.error("%s: out of memory at %g s: %s", name, seconds, error)
+            _empty(folder)
+            return {"status": "out_of_memory"}
+
+    if config["status"] == "ok":
+        summary |= scores(longest, finished, test)
+        # The pairs have a length of their own, and are scored once.
+        apart = replace(test, pairs=None)
+        for seconds in shorter:
+            found = scores(seconds, _empty(finished / f"{seconds:g}s"), apart)
+            summary.setdefault("shorter", []).append({"status": "ok", "segment_seconds": seconds} | found)
     publish(finished, out)
     shutil.rmtree(scratch)
     return summary
