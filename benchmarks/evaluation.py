@@ -135,7 +135,7 @@ def score_one_at_a_time(root, pair, separator, average, oracle, filter_samples):
 def compare(root, pairs, reader, average, *, bss, chunk):
     """Seconds of each side over all pairs, and the largest difference between their scores in dB."""
     params = EvaluateParams(
-        batch_size=16, pairs_per_part=chunk, bss=bss, bss_filter_samples=512, n_examples=0, device="cpu"
+        batch_size=4, pairs_per_part=chunk, bss=bss, bss_filter_samples=512, n_examples=0, device="cpu"
     )
     setup = Setup(
         run=f"bss={bss}", separator=root / "separator", pairs=root / "pairs.parquet", anchors=root / "anchors",
