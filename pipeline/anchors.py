@@ -9,7 +9,6 @@ The shards stream like any WebDataset; the index says where in them each wavefor
 reads any anchor by two `pread`s, of 128 kB and 8 kB.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Float32, Int
 
-from pipeline.runtime import write_atomic, write_json
+from pipeline.runtime import read_json, write_atomic, write_json
 from pipeline.shards import ShardReader, decode_array, decode_waveform
 
 SCHEMA = pa.schema(
@@ -70,7 +69,7 @@ class AnchorIndex:
     @classmethod
     def load(cls, directory: Path) -> "AnchorIndex":
         """Read index.parquet and index.json; ValueError where they are not an index."""
-        header = json.loads((directory / "index.json").read_bytes())
+        header = read_json(directory / "index.json")
         table = pq.read_table(directory / "index.parquet")
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"{directory / 'index.parquet'} has the columns\n{table.schema}\nnot\n{SCHEMA}")

@@ -4,7 +4,6 @@ An entry learns from music (`mixit_music:`, the stems of tracks, at music.sample
 (`mixit_anchors:`). It sees sums of two mixtures and never a stem: those are for evaluation.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -22,6 +21,7 @@ from pipeline.config import Params, load_params
 from pipeline.losses import Objective, Search, diversity_loss, mixit_loss, sparsity_loss
 from pipeline.moms import AnchorMoms, Moms
 from pipeline.music import MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
+from pipeline.runtime import read_json
 from pipeline.separators import model_params, takes_query
 
 # First words after the seed of the streams: they share no draws.
@@ -271,5 +271,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a trained entry."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
+    config: dict[str, Any] = read_json(directory / "config.json")
     return config

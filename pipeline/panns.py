@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.features import (
@@ -31,6 +31,8 @@ from pipeline.features import (
     log_mel,
     pad_to,
 )
+from pipeline.runtime import read_json
+from pipeline.weights import read_safetensors
 
 AUDIOSET_CLASSES = 527
 FRAME_SAMPLES = MEL_HOP_LENGTH  # a frame-wise probability is one per 10 ms
@@ -273,8 +275,8 @@ def save(network: nn.Module, directory: Path) -> None:
 
 
 def _load(directory: Path) -> nn.Module:
-    config = json.loads((directory / "config.json").read_text())
-    tensors = load_file(directory / "weights.safetensors")
+    config = read_json(directory / "config.json")
+    tensors = read_safetensors(directory / "weights.safetensors")
     match config["class"]:
         case "SmallCnn":
             network = SmallCnn(**config["arguments"])

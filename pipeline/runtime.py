@@ -79,6 +79,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, sort_keys=True, allow_nan=False, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. FileNotFoundError, or ValueError that names the file where it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's content, read in blocks."""
     with open(path, "rb") as file:

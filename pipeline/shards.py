@@ -37,7 +37,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32, Int16
 
-from pipeline.runtime import sha256_file, sync, write_json
+from pipeline.runtime import read_json, sha256_file, sync, write_json
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: webdataset ends the key at the first one, and would merge samples
 EXT = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
@@ -233,10 +233,7 @@ def write_index(directory: Path, shards: Iterable[str] | None = None) -> dict[st
 def read_index(directory: Path) -> dict[str, dict[str, Any]]:
     """shards.json: {shard: {"bytes", "count", "sha256"}}, sorted. ValueError when it does not look like that."""
     path = directory / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    index = read_json(path)
     if not isinstance(index, dict):
         raise ValueError(f"{path}: not an object")
     for name, entry in index.items():

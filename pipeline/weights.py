@@ -103,10 +103,7 @@ def read_tensors(path: Path, *, sha256: str | None, entry: str, prefix: str = ""
     """
     check(path, sha256)
     if path.suffix == ".safetensors":
-        try:
-            state: object = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        state: object = read_safetensors(path)
     else:
         state = _unpickle(path, entry)
     if not isinstance(state, Mapping):
@@ -119,6 +116,14 @@ def read_tensors(path: Path, *, sha256: str | None, entry: str, prefix: str = ""
             raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
     # Cloned, for the file is mapped into memory: what is not selected is never read.
     return {name.removeprefix(prefix): value.detach().clone().contiguous() for name, value in selected.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that a stage wrote. FileNotFoundError, or ValueError that names a file cut or changed."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _unpickle(path: Path, entry: str) -> object:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
-    {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "runtime"},
-    {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "weights", "datasets"},
+    {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "runtime", "weights"},
+    {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},

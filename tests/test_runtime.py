@@ -15,7 +15,16 @@ import pytest
 
 from pipeline import runtime
 from pipeline.config import Params
-from pipeline.runtime import AlreadyRunning, fingerprint, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import (
+    AlreadyRunning,
+    fingerprint,
+    publish,
+    read_json,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -341,3 +350,13 @@ def test_a_stage_that_succeeds_leaves_what_it_took(workspace: Path) -> None:
     with pytest.raises(RuntimeError, match="no"), running("two", Path("out")):
         raise RuntimeError("no")
     assert os.listdir("data/timings") == ["one.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"])
+def test_a_file_that_is_no_json_is_named(tmp_path, content):
+    path = tmp_path / "summary.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
+        read_json(path)
+    path.write_text('{"a": "ü"}', encoding="utf-8")
+    assert read_json(path) == {"a": "ü"}

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline import weights
-from pipeline.weights import PUBLISHED, Published, check, read_tensors, write_safetensors
+from pipeline.weights import PUBLISHED, Published, check, read_safetensors, read_tensors, write_safetensors
 
 
 def sha256(path):
@@ -282,3 +283,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_safetensors({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kept", [0, 4, 50, -1])
+def test_a_stages_own_weights_that_are_cut_are_named(tmp_path, kept):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.arange(100.0)}, path)
+    assert torch.equal(read_safetensors(path)["a"], torch.arange(100.0))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
+        read_safetensors(path)

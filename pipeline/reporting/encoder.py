@@ -1,7 +1,6 @@
 """What the report says of the upstream encoder: its pretraining, what it knows and forgot, and what models cost."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import Float
 
 from pipeline.reporting.charts import RANGE_DB, spectrogram_images
 from pipeline.reporting.sounds import data_uri
+from pipeline.runtime import read_json
 
 # Of the normalised filter bank (fbank.py): a unit of it in dB. Told here again, for the report loads no torch.
 DB_PER_UNIT = 2 * 4.5689974 * 10 / float(np.log(10))
@@ -57,7 +57,7 @@ def _plane(features: Float[np.ndarray, "frames mels"]) -> Float[np.ndarray, "mel
 def read_configs(separators: Path, models: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json of each model's folder; models without one are left out."""
     paths = {model: separators / model / "config.json" for model in models}
-    return {model: json.loads(path.read_bytes()) for model, path in paths.items() if path.is_file()}
+    return {model: read_json(path) for model, path in paths.items() if path.is_file()}
 
 
 def cost_rows(

@@ -1,6 +1,5 @@
 """What the data stages left behind, counted for the report. A stage that was not run leaves None, never a guess."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+
+from pipeline.runtime import read_json
 
 SPLITS = ("train", "eval")
 STAGES = (
@@ -103,7 +104,7 @@ def read_split(split: str, *, manifest: Path, clips: Path, anchors: Path, pairs:
         found["anchors"] = len(table)
         found["classes_with_anchors"] = len(with_anchors)
         found["purity"] = table["purity"].to_numpy(dtype=float)
-        header = json.loads((anchors / split / "index.json").read_text(encoding="utf-8"))
+        header = read_json(anchors / split / "index.json")
         # A class whose clips are all missing or quarantined never came as far as the anchors' own list.
         named = {mid for table in (listed, missing) if table is not None for mid in _labels(table)}
         found["classes_without_anchors"] = sorted((named - with_anchors) | set(header["empty_classes"]))
@@ -139,7 +140,7 @@ def read_summaries(summaries: Path, names: list[str]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any] | None] = {}
     for name in names:
         path = summaries / f"{name}.json"
-        found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found[name] = read_json(path) if path.is_file() else None
     return found
 
 
@@ -171,9 +172,7 @@ def read_timings(timings: Path) -> dict[str, dict[str, int | float]]:
         known = [stage for stage in STAGES if path.stem.startswith(stage)]
         return (STAGES.index(max(known, key=len)) if known else len(STAGES), path.stem)
 
-    return {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(timings.glob("*.json"), key=order)
-    }
+    return {path.stem: read_json(path) for path in sorted(timings.glob("*.json"), key=order)}
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame | None:

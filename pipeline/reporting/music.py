@@ -20,6 +20,7 @@ import soundfile
 from pipeline.reporting import charts, page, tables
 from pipeline.reporting.scores import NAME
 from pipeline.reporting.tables import DASH, MINUS
+from pipeline.runtime import read_json
 
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # of the source report's segments, in seconds
 ARCHITECTURES = ("conv_tasnet", "performer")
@@ -172,7 +173,7 @@ def read_entries(
         if not NAME.fullmatch(name):
             raise ValueError(f"an entry may be named with letters, digits, _ and -: not {name!r}")
         path = summaries / f"evaluate_mixit_{name}.json"
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        summary = read_json(path) if path.is_file() else {}
         entries.append(_entry(name, entry, summary, dict(timings.get(f"train_mixit@{name}", {}))))
         # Trained on several lengths: once more for each of the others that it was tested at.
         for shorter in summary.get("shorter", []):
@@ -230,7 +231,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, int | float]:
 def read_pretraining(summaries: Path) -> dict[str, int | float]:
     """The scalars that stage pretrain_performer left, finite ones; empty where it was not run."""
     path = summaries / "pretrain_performer.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     numbers = {key: found.get(key) for key in ("loss", "loss_untrained", "validation_loss")}
     return {key: value for key, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
 

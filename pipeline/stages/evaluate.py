@@ -11,7 +11,6 @@ parts it has finished. Aggregation is the report's.
 
 import argparse
 import io
-import json
 import logging
 import os
 import shutil
@@ -27,7 +26,6 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import load_file
 from scipy.io import wavfile
 from torch import Tensor, nn
 
@@ -43,12 +41,14 @@ from pipeline.runtime import (
     keep_freed_memory,
     link_or_copy,
     publish,
+    read_json,
     running,
     scratch_dir,
     write_atomic,
     write_json,
 )
 from pipeline.separators import build
+from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +132,9 @@ def _open(anchors: Path) -> AnchorReader:
 
 def load_separator(directory: Path) -> nn.Module:
     """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
-    config = json.loads((directory / "config.json").read_bytes())
+    config = read_json(directory / "config.json")
     separator = build(config["architecture"], **config["model"])
-    separator.load_state_dict(load_file(directory / "weights.safetensors"), strict=True)
+    separator.load_state_dict(read_safetensors(directory / "weights.safetensors"), strict=True)
     return separator.eval()
 
 
@@ -340,7 +340,7 @@ def evaluate(
     """Write the scores of every pair of pairs_dir/eval to out/scores.parquet, and examples; return the summary."""
     device = str(choose_device(params.device))
     load_separator(separator)  # what cannot be loaded fails here, not in every worker
-    config = json.loads((separator / "config.json").read_bytes())
+    config = read_json(separator / "config.json")
     readers = {split: _open(anchors / split) for split in ("train", "eval")}
     for split, reader in readers.items():
         if reader.index.query_dim != config["model"]["query_dim"]:

@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import load_file
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -47,6 +46,7 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.separators import build
+from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def load_separator(directory: Path, device: str) -> Any:
     """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
     config = read_config(directory)
     separator = build(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
-    separator.load_state_dict(load_file(directory / "weights.safetensors"), strict=True)
+    separator.load_state_dict(read_safetensors(directory / "weights.safetensors"), strict=True)
     return separator.eval().to(device)
 
 

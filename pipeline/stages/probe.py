@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import upstreams
 from pipeline.config import AudioParams, load_params
 from pipeline.devices import choose_device, use_available_cores
 from pipeline.probing import ProbeParams, described, difference, probe_upstreams
-from pipeline.runtime import running, write_json
+from pipeline.runtime import read_json, running, write_json
 from pipeline.separators import build
 from pipeline.shards import ClipReader
+from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ def probe(
 ) -> dict[str, Any]:
     """The summary; `{"upstream": null}` alone for a separator that takes no features."""
     use_available_cores()
-    config = json.loads((separator / "config.json").read_bytes())
+    config = read_json(separator / "config.json")
     model = config["model"]
     trained: Any = build(config["architecture"], **model)
     if not hasattr(trained, "upstream"):
         return {"upstream": None}
-    trained.load_state_dict(load_file(separator / "weights.safetensors"))
+    trained.load_state_dict(read_safetensors(separator / "weights.safetensors"))
     encoders = [trained.upstream.float()]
     if model["upstream"] == "mae":
         start = upstreams.build("mae", **model["upstream_config"])

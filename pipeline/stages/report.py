@@ -8,7 +8,6 @@ The same inputs give the same bytes; only what names the run (provenance.json, a
 
 import argparse
 import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from pipeline.reporting.inputs import (
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
 from pipeline.reporting.statistics import per_class_csv, summarise
-from pipeline.runtime import running, write_atomic, write_json
+from pipeline.runtime import read_json, running, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -273,11 +272,11 @@ def read_examples(scores: Path, models: Sequence[str], budget: int) -> tuple[lis
     The pairs are those of the first model; mixture and target are shared, each model adds its estimates.
     """
     listing = scores / models[0] / "examples" / "examples.json"
-    described = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else []
+    described = read_json(listing) if listing.is_file() else []
     by_model = {models[0]: {item["pair"]: item for item in described}}
     for model in models[1:]:
         other = scores / model / "examples" / "examples.json"
-        items = json.loads(other.read_text(encoding="utf-8")) if other.is_file() else []
+        items = read_json(other) if other.is_file() else []
         by_model[model] = {item["pair"]: item for item in items}
     examples: list[page.Example] = []
     rate, spent = 0, 0

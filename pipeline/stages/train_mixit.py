@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline import mixit
@@ -27,6 +27,7 @@ from pipeline.music import MomBatch, MusicParams
 from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
 from pipeline.separators import build
 from pipeline.training import Validation, fit
+from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def train_mixit(
         rate = mixit.read_config(weights.parent)["sample_rate"]
         if rate != train.sample_rate:
             raise ValueError(f"{entry.name} trains at {train.sample_rate} Hz, and was pretrained at {rate} Hz")
-        separator.load_pretrained(load_file(weights))
+        separator.load_pretrained(read_safetensors(weights))
     elif hasattr(separator, "learn_statistics"):
         heard = (torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES))
         separator.learn_statistics(heard)

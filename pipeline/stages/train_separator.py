@@ -35,7 +35,16 @@ from pipeline.devices import choose_device, use_available_cores
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
-from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import (
+    fingerprint,
+    keep_freed_memory,
+    publish,
+    read_json,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
 from pipeline.sampling import PairStream
 from pipeline.separators import build, model_params, read_published, separate_part
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
@@ -220,7 +229,7 @@ def train_separator(
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
     keep_freed_memory()
     use_available_cores()
-    index = json.loads((anchors / "index.json").read_text())
+    index = read_json(anchors / "index.json")
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
     model: Any = build(plan.architecture, query_dim=query_dim, **plan.model)

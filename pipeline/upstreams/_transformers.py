@@ -4,7 +4,6 @@ No file is ever fetched: `weights` is a folder as `hf download` leaves it (confi
 model.safetensors or pytorch_model.bin), or `random` for weights drawn at random in the sizes of `config`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline import upstreams
 from pipeline.config import Params
 from pipeline.fbank import SAMPLE_RATE as RATE_16K
 from pipeline.fbank import to_16k
+from pipeline.runtime import read_json
 from pipeline.weights import read_tensors
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -100,11 +100,11 @@ def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str
         raise FileNotFoundError(
             f"{folder}: no config.json; download the model into this folder, or say weights: random"
         )
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json")
     preprocessor = folder / "preprocessor_config.json"
     if not preprocessor.is_file():
         raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says whether waveforms are normalised")
-    normalise = bool(json.loads(preprocessor.read_bytes()).get("do_normalize", False))
+    normalise = bool(read_json(preprocessor).get("do_normalize", False))
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{folder}: neither of {', '.join(FILES)}")

@@ -13,7 +13,6 @@ The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, w
 are MIT.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +20,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import upstreams
 from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k
-from pipeline.weights import read_tensors
+from pipeline.runtime import read_json
+from pipeline.weights import read_safetensors, read_tensors
 
 PATCH = 16  # frames, and mels
 BANDS = N_MELS // PATCH
@@ -448,14 +447,14 @@ FRAMES_PER_STEP = {"pad1024": 7.0, "crop": 16.0, "hop35": 7.0}
 
 def read_config(pretrained: Path) -> dict[str, Any]:
     """config.json of the folder that stage pretrain_mae wrote."""
-    config: dict[str, Any] = json.loads((pretrained / "config.json").read_bytes())
+    config: dict[str, Any] = read_json(pretrained / "config.json")
     return config
 
 
 def read(options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The encoder that stage pretrain_mae trained or converted; `options` are {mae_input, drop_path}."""
     sizes = encoder_sizes(read_config(pretrained)["model"])
-    state = encoder_state(load_file(pretrained / "weights.safetensors"))
+    state = encoder_state(read_safetensors(pretrained / "weights.safetensors"))
     return {**sizes, "mae_input": options["mae_input"], "drop_path": options["drop_path"]}, state
 
 
