@@ -79,6 +79,11 @@ class Entry:
         return self.several or (DASH if self.seconds is None else f"{self.seconds:g} s")
 
     @property
+    def length(self) -> float | None:
+        """Seconds of the segments that its numbers are of."""
+        return self.seconds or self.tested_seconds
+
+    @property
     def auxiliary(self) -> bool:
         """Whether a loss besides MixIT's was used."""
         return self.diversity > 0 or self.sparsity > 0
@@ -364,8 +369,7 @@ def _do_nothing(
     for entry in entries:
         if "do_nothing_snr" in entry.numbers:
             numbers = (str(_cell(entry, "do_nothing_snr")), str(_cell(entry, "do_nothing_si_snr")), _outputs(entry))
-            length = entry.seconds or entry.tested_seconds
-            groups.setdefault((entry.data, length), {}).setdefault(numbers, []).append(entry)
+            groups.setdefault((entry.data, entry.length), {}).setdefault(numbers, []).append(entry)
     rows = []
     for (data, seconds), found in groups.items():
         for of in found.values():
@@ -646,13 +650,13 @@ def length_drawing(entries: Sequence[Entry]) -> str:
         panels[title] = [
             charts.Point(
                 labels[entry.signature],
-                seconds,
+                entry.length,
                 entry.numbers[key],
                 entry.numbers.get(f"{key}_ci_lo"),
                 entry.numbers.get(f"{key}_ci_hi"),
             )
             for entry in entries
-            if (seconds := entry.seconds or entry.tested_seconds) is not None and key in entry.numbers
+            if entry.length is not None and key in entry.numbers
         ]
     return charts.length_chart(panels)
 
