@@ -9,7 +9,8 @@ on other parts, or on the order of execution.
 
 Where the work runs is the machine's affair and comes from the environment, never from params.yaml:
 `DASK_SCHEDULER_ADDRESS` names a running Dask cluster (same code, same packages, shared file system); without it
-`USS_WORKERS` processes are started here (default: one per core), or with 0 none, and the parts run in this process.
+`USS_WORKERS` processes are started here, or with 0 none, and the parts run in this process. Not said: one per core,
+and none for a single part, which a process of its own would only make seconds later.
 
 This module must not import torch, nor Dask before it is needed (one second).
 """
@@ -183,7 +184,7 @@ def dask_setup(worker: Any) -> None:
 
 def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n_finished: int) -> None:
     address = os.environ.get("DASK_SCHEDULER_ADDRESS", "")
-    n_workers = _n_workers()
+    n_workers = _n_workers(len(todo))
     progress = _Progress(len(todo), n_finished)
     with progress:
         if not address and n_workers == 0:
@@ -197,10 +198,10 @@ def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n
                 _run_on(client, works, scratch, progress)
 
 
-def _n_workers() -> int:
+def _n_workers(n_parts: int) -> int:
     text = os.environ.get("USS_WORKERS", "")
     if not text:
-        return runtime.cpu_count()
+        return runtime.cpu_count() if n_parts > 1 else 0
     if not text.isdecimal():
         raise ValueError(f"USS_WORKERS is a number of processes, 0 or more, not {text!r}")
     return int(text)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
-from pipeline.probing import ProbeParams, difference, linear_probe
+from pipeline.probing import ProbeParams, average_precision, difference, linear_probe
 
 PARAMS = ProbeParams(regularisation=0.1, bootstrap_resamples=50, batch_size=4)
 
@@ -40,3 +41,19 @@ def test_classes_that_cannot_be_learnt_do_not_count():
     assert linear_probe(x, labels, y, truth, PARAMS).mean_average_precision == without.mean_average_precision
     with pytest.raises(ValueError, match="nothing to probe"):
         linear_probe(x, np.zeros_like(labels), y, truth, PARAMS)
+
+
+def test_average_precision_of_resamples_is_that_of_scikit_learn():
+    rng = np.random.default_rng(3)
+    truth, scores = rng.random(60) < 0.1, rng.standard_normal(60).round(1)  # with ties
+    drawn = [rng.integers(60, size=60) for _ in range(40)]
+    counts = np.stack([np.bincount(rows, minlength=60) for rows in drawn])
+    expected = [average_precision_score(truth[rows], scores[rows]) if truth[rows].any() else np.nan for rows in drawn]
+    np.testing.assert_allclose(average_precision(truth, scores, counts), expected, rtol=0, atol=1e-12)
+
+
+def test_a_resample_without_a_positive_has_no_average_precision():
+    truth, scores = np.array([True, False, False]), np.array([0.3, 0.2, 0.1])
+    found = average_precision(truth, scores, np.array([[0, 2, 1], [1, 1, 1]]))
+    assert np.isnan(found[0])
+    assert found[1] == 1
