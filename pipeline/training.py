@@ -138,7 +138,7 @@ def fit(
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
     `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate; a group with `start_step` does not move before that step. `before_step(n)` may
+    of each parameter group's own rate; one with `start_step` has no gradient before that step. `before_step(n)` may
     change the model as a function of n, at every step. With `validation` the curve has one more column, and the model
     ends with its best weights. FloatingPointError when loss or gradient is not finite, naming the step and
     `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
@@ -196,15 +196,14 @@ def fit(
             factor = learning_rate(n)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+                if "start_step" in group:  # before it, nobody pays for a gradient
+                    for parameter in group["params"]:
+                        parameter.requires_grad_(n >= group["start_step"])
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
             if not torch.isfinite(value):
                 raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
             value.backward()  # type: ignore[no-untyped-call]
-            for group in optimizer.param_groups:
-                if n < group.get("start_step", 0):
-                    for parameter in group["params"]:
-                        parameter.grad = None
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")
@@ -236,6 +235,10 @@ def fit(
                 save(n + 1)
                 saved = time.monotonic()
     bar.close()
+    for group in optimizer.param_groups:
+        if "start_step" in group:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
     taken = time.monotonic() - started - spent
     if best["model"] is not None:
         model.load_state_dict(best["model"])

@@ -70,6 +70,42 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
     assert not torch.equal(one[0].weight, other[0].weight)
 
 
+def test_a_group_has_no_gradient_before_its_step_and_has_one_ever_after(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    start, learns, weights = network[0].weight.clone(), [], []
+
+    def loss(batch):
+        learns.append(network[0].weight.requires_grad)
+        weights.append(network[0].weight.detach().clone())
+        return network(batch).square().mean()
+
+    late = {"params": list(network[0].parameters()), "start_step": 3}
+    schedule = {"steps": 5, "learning_rate": lambda n: 1.0, "gradient_clip": 0.0, "seed": 0, "log_every_steps": 5}
+    files = {"scratch": tmp_path / "scratch", "curve": tmp_path / "curve.csv", "checkpoint_every_seconds": 9.0}
+    optimizer = build_optimizer("adamw", [late, {"params": list(network[1].parameters())}], 0.1)
+    fit(network, optimizer, load, loss, **schedule, **files, describe=str)
+    assert learns == [False, False, False, True, True]
+    assert [torch.equal(weight, start) for weight in weights] == [True, True, True, True, False]
+    assert not torch.equal(network[0].weight, start)
+
+    stays = [{**late, "start_step": 9}, {"params": list(network[1].parameters())}]
+    before = network[0].weight.clone()
+    fit(
+        network,
+        build_optimizer("adamw", stays, 0.1),
+        load,
+        loss,
+        **schedule,
+        describe=str,
+        scratch=tmp_path / "other",
+        curve=tmp_path / "curve.csv",
+        checkpoint_every_seconds=9.0,
+    )
+    assert torch.equal(network[0].weight, before)
+    assert network[0].weight.requires_grad  # as it was: what it costs is counted afterwards
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
     def spoilt(n):
         return load(n) if n != 2 else torch.full((4, 3), float("nan"))
