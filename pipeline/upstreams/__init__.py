@@ -98,7 +98,7 @@ def combine(
     """One feature per position from those of all layers.
 
     last      the last layer's, under the encoder's final norm
-    last3     the mean of the last three layers', each under the final norm (as AudioLDM2 takes A-MAE's)
+    last3     the mean of the last three layers', each under the final norm (as AudioLDM2 has it); of fewer, of all
     weighted  the sum weighted by softmax(weights) of all layers', each brought to zero mean and unit variance: without
               that the later layers of a pre-norm encoder would drown the others
     """
