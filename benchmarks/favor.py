@@ -37,7 +37,7 @@ from pipeline.favor import favor_attention, orthogonal_features
 HEADS, HEAD_DIM, N_FEATURES = 8, 64, 256
 TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000)
 KINDS = ("favor", "recomputed", "sdpa")
-SECONDS_PER_CELL, LEAST_STEPS, MOST_STEPS = 1.0, 2, 10
+SECONDS_PER_CELL, LEAST_STEPS, MOST_STEPS = 1.0, 4, 10  # the first two find memory that is still cold
 LONG_STEP_SECONDS = 10.0  # is not taken again
 # Of glibc's mallopt: free memory at the end of the heap, and blocks of so many bytes, go back to the system at once;
 # and how many such blocks there may be.
