@@ -9,7 +9,8 @@
 
 One layer of 8 heads x 64, batch 1, float32; queries, keys and values are given. Each cell is a process of its own:
 
-ms      the shortest step, in CPU time, which other processes disturb less; with several threads, in wall-clock time
+ms      the shortest step, in CPU time, which other processes disturb less; with several threads, in wall-clock time.
+        A step of more than 10 s is taken once, with memory that is still cold
 kept    MiB of resident memory that the forward pass adds: what every layer of a network holds until its backward pass
 peak    MiB at the highest point of the step above that before it (ru_maxrss, which never falls). Includes the gradients
         of queries, keys and values, 6 KiB per token

@@ -10,7 +10,7 @@ on other parts, or on the order of execution.
 Where the work runs is the machine's affair and comes from the environment, never from params.yaml:
 `DASK_SCHEDULER_ADDRESS` names a running Dask cluster (same code, same packages, shared file system); without it
 `USS_WORKERS` processes are started here, or with 0 none, and the parts run in this process. Not said: one per core,
-and none for a single part, which a process of its own would only make seconds later.
+and none for the work of a single part, which a process of its own would only end seconds later.
 
 This module must not import torch, nor Dask before it is needed (one second).
 """
@@ -51,7 +51,7 @@ def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch
     `task` writes its files into `directory` and is a function at the top level of a module (or a functools.partial of
     one): workers import it. Items travel to the workers pickled: names and offsets, not audio. A task's own exception
     is raised here, with a note that names the part; parts that were finished by then stay finished. A part whose
-    worker is killed is run again, three times at most.
+    worker process is killed is run again, three times at most.
     """
     for name in parts:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -184,7 +184,7 @@ def dask_setup(worker: Any) -> None:
 
 def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n_finished: int) -> None:
     address = os.environ.get("DASK_SCHEDULER_ADDRESS", "")
-    n_workers = _n_workers(len(todo))
+    n_workers = _n_workers(n_finished + len(todo))
     progress = _Progress(len(todo), n_finished)
     with progress:
         if not address and n_workers == 0:

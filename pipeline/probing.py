@@ -117,12 +117,13 @@ def average_precision(
     """
     order = np.argsort(-scores)
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of equal scores
+    last = last[np.diff(truth[order].cumsum()[last], prepend=0) > 0]  # elsewhere no recall is gained
     drawn = counts[:, order]
     positives = (drawn * truth[order]).cumsum(axis=1)[:, last]
     clips = drawn.cumsum(axis=1)[:, last]
     precision = positives / np.maximum(clips, 1)
     gained = np.diff(positives, axis=1, prepend=0)
-    total = positives[:, -1]
+    total = gained.sum(axis=1)
     return np.where(total > 0, (gained * precision).sum(axis=1) / np.maximum(total, 1), np.nan)
 
 

@@ -65,7 +65,11 @@ def project(tmp_path_factory):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, directory / name)
-    shutil.copy(ROOT / "profiles" / "tiny.yaml", directory / "params.yaml")
+    params = (ROOT / "profiles" / "tiny.yaml").read_text()
+    for old, new in {"n_shards: 1\n": "n_shards: 2\n", "pairs_per_part: 32\n": "pairs_per_part: 12\n"}.items():
+        assert old in params
+        params = params.replace(old, new)  # several parts in a stage, hence several workers
+    (directory / "params.yaml").write_text(params)
     assert dvc(directory, "init", "--no-scm", "-q").returncode == 0
     result = dvc(directory, "repro")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -217,6 +217,24 @@ def test_a_wrong_number_of_workers_is_named(tmp_path: Path, monkeypatch: pytest.
         run_parts(work, jobs(tmp_path), tmp_path / "scratch")
 
 
+def test_a_single_part_needs_no_worker_unless_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes]
+) -> None:
+    monkeypatch.setattr(parts, "_local_client", None)
+    monkeypatch.delenv("USS_WORKERS")
+    one = dict(list(jobs(tmp_path).items())[:1])
+    run_parts(work, one, tmp_path / "one")
+    assert tree(tmp_path / "one").items() <= expected.items()
+    with pytest.raises(TypeError):  # the client that is not there: of several parts, one that is left is one of several
+        run_parts(work, jobs(tmp_path), tmp_path / "several")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(TypeError):
+        run_parts(work, dict(list(jobs(tmp_path).items())[:2]), tmp_path / "two")
+    monkeypatch.setenv("USS_WORKERS", "1")
+    with pytest.raises(TypeError):
+        run_parts(work, one, tmp_path / "asked")
+
+
 def threads(_: None, directory: Path) -> None:
     import torch
 
