@@ -249,7 +249,6 @@ def evaluate_mixit(
 
     Of an entry trained on several lengths these are of the longest, and those of another length lie in `<length>s/`.
     """
-    keep_freed_memory()
     use_available_cores()
     device = str(choose_device(params.device))
     config = read_config(separator_dir)
