@@ -7,6 +7,7 @@ dropout. That is what makes a resumed run equal to an uninterrupted one, bit for
 import csv
 import io
 import logging
+import math
 import queue
 import sys
 import threading
@@ -138,10 +139,11 @@ def fit(
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
     `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate; one with `start_step` has no gradient before that step. `before_step(n)` may
-    change the model as a function of n, at every step. With `validation` the curve has one more column, and the model
-    ends with its best weights. FloatingPointError when loss or gradient is not finite, naming the step and
-    `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
+    of each parameter group's own rate; a group with `start_step`, of parameters that all learn, has no gradient before
+    that step. `before_step(n)` may change the model as a function of n, at every step. With `validation` the curve has
+    one more column, and the model ends with its best weights. FloatingPointError when loss or gradient is not finite,
+    naming the step and `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its
+    checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = scratch / "checkpoint.pt"
@@ -196,9 +198,7 @@ def fit(
             factor = learning_rate(n)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-                if "start_step" in group:  # before it, nobody pays for a gradient
-                    for parameter in group["params"]:
-                        parameter.requires_grad_(n >= group["start_step"])
+            _let_learn(optimizer, n)
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
             if not torch.isfinite(value):
@@ -235,10 +235,7 @@ def fit(
                 save(n + 1)
                 saved = time.monotonic()
     bar.close()
-    for group in optimizer.param_groups:
-        if "start_step" in group:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
+    _let_learn(optimizer, math.inf)
     taken = time.monotonic() - started - spent
     if best["model"] is not None:
         model.load_state_dict(best["model"])
@@ -255,6 +252,14 @@ def fit(
         best_validation=best["loss"],
         seconds_per_step=taken / (step - first) if step > first else None,
     )
+
+
+def _let_learn(optimizer: torch.optim.Optimizer, step: int | float) -> None:
+    """Gradients for the groups whose `start_step` has come, and none for the others, whose would be thrown away."""
+    for group in optimizer.param_groups:
+        if "start_step" in group:
+            for parameter in group["params"]:
+                parameter.requires_grad_(step >= group["start_step"])
 
 
 def _due(step: int, every: int, steps: int) -> bool:

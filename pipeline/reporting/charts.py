@@ -102,7 +102,10 @@ def class_chart(per_class: pd.DataFrame) -> str:
 
 
 def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
-    """Loss against the step, per model: every logged value faint, running median bold, dots for `validation`."""
+    """Loss against the step, per model: running median bold, every logged value faint, dots for `validation`.
+
+    Of a curve of fewer than 50 rows the median is over one of them: that is every value, and drawn once.
+    """
     # A path of 60,000 points would weigh megabytes; 400 are more than the eye resolves here.
     n_points = 400 if len(curves) <= 4 else 1600 // len(curves)
     validated = False
@@ -115,8 +118,10 @@ def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
                 continue
             colour, drawn = SERIES[i % len(SERIES)], drawn + 1
             thin = curve.iloc[:: max(1, len(curve) // n_points)]
-            smooth = curve["loss"].rolling(max(1, len(curve) // 25), center=True, min_periods=1).median()
-            axes.plot(thin["step"], thin["loss"], color=colour, linewidth=0.7, alpha=0.35)
+            window = max(1, len(curve) // 25)
+            smooth = curve["loss"].rolling(window, center=True, min_periods=1).median()
+            if window > 1:
+                axes.plot(thin["step"], thin["loss"], color=colour, linewidth=0.7, alpha=0.35)
             axes.plot(thin["step"], smooth.loc[thin.index], _dash(i), color=colour, linewidth=1.6, label=plain(model))
             if "validation" in curve and (held := curve.dropna(subset=["validation"])).size:
                 axes.plot(held["step"], held["validation"], "o", color=colour, markersize=3.5)

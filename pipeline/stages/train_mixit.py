@@ -68,7 +68,7 @@ def train_mixit(
     told: dict[str, float],
 ) -> dict[str, Any]:
     """Train one entry into `out`: weights.safetensors and config.json, which is returned. `told` gets what it took."""
-    use_available_cores()  # and no keep_freed_memory: the holes that 30 s leave double the process, 2.9 GB to 6.2
+    use_available_cores()
     device = choose_device(params.device)
     train, held_out = streams(entry, source, music, params)
     steps = train.steps(entry.params.epochs, params.batch_size)
