@@ -34,10 +34,12 @@ format: $(READY)
 benchmarks: $(READY)  ## each prints ratios measured in one run
 	for b in resample mining training_step mae upstream_step mixit "mixit --seconds 10" favor "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
 
-# Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside.
+# Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside. By its full path, since the
+# python3 that PATH finds is the new .venv's as soon as there is one.
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, not %d.%d: make PYTHON=python3.12" % v[:2])'
-	$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	python=$$($(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'); \
+	  $$python -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $$python -m venv --without-pip $(VENV) && $$python -m pip --python $(VENV)/bin/python install pip; }
 	$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.txt
 	touch $@
 
