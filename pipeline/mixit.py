@@ -21,7 +21,7 @@ from pipeline.config import Params, load_params
 from pipeline.losses import Objective, Search, diversity_loss, mixit_loss, sparsity_loss
 from pipeline.moms import AnchorMoms, Moms
 from pipeline.music import MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
-from pipeline.runtime import read_json
+from pipeline.runtime import outside, read_json
 from pipeline.separators import model_params, takes_query
 
 # First words after the seed of the streams: they share no draws.
@@ -114,6 +114,8 @@ def read_entry(name: str, data: Source, path: Path = Path("params.yaml")) -> Ent
     params = load_params(f"mixit_{data}.{name}", EntryParams, path)
     if takes_query(params.architecture):
         raise ValueError(f"mixit_{data}.{name}.architecture: {params.architecture!r} waits for queries")
+    if params.pretrained and data == "anchors":
+        raise ValueError(f"mixit_{data}.{name}.pretrained: the pretraining hears music; false is for anchors")
     model = load_params(params.model, model_params(params.architecture), path).model_dump()
     return Entry(name, data, params, model)
 
@@ -164,12 +166,18 @@ def music_streams(
     lengths = list(music.segment_seconds if seconds is None else seconds)
     if missing := [length for length in lengths if length not in music.segment_seconds]:
         raise ValueError(f"segments of {missing[0]:g} s were not indexed: music.segment_seconds has no {missing[0]:g}")
+    root = outside(music.root)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"music.root {music.root!r} is not a directory now. If the tracks have moved, set music.root; if they were "
+            "generated, make them again with `dvc repro --force index_music`"
+        )
     moms: list[Moms] = []
     heard = 0.0
     for length in lengths:
         manifest = of_split(pd.read_parquet(index_file(index, length)), split)
         heard = heard or len(manifest) * (length if music.hop_seconds is None else music.hop_seconds)
-        reader = SegmentReader(Path(music.root), manifest, music.sample_rate)
+        reader = SegmentReader(root, manifest, music.sample_rate)
         moms.append(
             MomStream(
                 manifest,
@@ -196,6 +204,7 @@ def anchor_streams(
     batch_size: int,
     max_stems: int,
     snr_range: Sequence[float],
+    random_subsets: bool,
     n_items: int | None,
 ) -> Streams:
     """Streams from one split of stage mine_anchors; `seconds` None is whole anchors."""
@@ -211,6 +220,7 @@ def anchor_streams(
             batch_size=batch_size,
             max_stems=max_stems,
             snr_range=(snr_range[0], snr_range[1]),
+            random_subsets=random_subsets,
             part=part,
             n_items=n_items,
         )

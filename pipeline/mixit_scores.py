@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.losses import MAX_ASSIGNMENTS, Search, best_assignment, mixit_loss, remix
+from pipeline.losses import MAX_ASSIGNMENTS, Objective, Search, best_assignment, mixit_loss, remix
 from pipeline.mask_metrics import effective_sources, mask_energies, mask_overlap, signal_energies
 from pipeline.metrics import bss_eval_sources, sdr, si_sdr
 from pipeline.reporting.statistics import cluster_bootstrap, finite_mean, interval
@@ -38,17 +38,33 @@ def mom_scores(
     `masks` are those of the same input, of any kind of bins; overlap 1 is no separation, ne_* are effective sources.
     """
     search = _search(estimates.shape[1], 2)
-    nothing = (mixtures.sum(dim=1, keepdim=True) / estimates.shape[1]).expand_as(estimates)
     found: dict[str, Tensor] = {}
-    for prefix, outputs in (("", estimates), ("do_nothing_", nothing)):
-        snr = mixit_loss(outputs, mixtures, objective="snr", max_snr_db=MAX_SNR_DB, search=search)
-        si_snr = mixit_loss(outputs, mixtures, objective="si_snr", max_snr_db=MAX_SI_SNR_DB, search=search)
-        found[f"{prefix}snr"], found[f"{prefix}si_snr"] = -snr.loss, -si_snr.loss
+    objectives: tuple[tuple[Objective, float], ...] = (("snr", MAX_SNR_DB), ("si_snr", MAX_SI_SNR_DB))
+    for objective, limit in objectives:
+        found[objective] = -mixit_loss(estimates, mixtures, objective=objective, max_snr_db=limit, search=search).loss
+        found[f"do_nothing_{objective}"] = _do_nothing(mixtures, estimates.shape[1], objective, limit)
     found["snr_above_do_nothing"] = found["snr"] - found["do_nothing_snr"]
     found["overlap"] = mask_overlap(masks)
     found["ne_mask"] = effective_sources(mask_energies(masks))
     found["ne_energy"] = effective_sources(signal_energies(estimates))
     return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def _do_nothing(
+    mixtures: Float[Tensor, "batch 2 time"], n_sources: int, objective: Objective, max_snr_db: float
+) -> Float[Tensor, " batch"]:
+    """Score of n copies of x / n by their best assignment, exactly for any n: only how many go to each side counts."""
+    whole = mixtures.sum(dim=1, keepdim=True)
+    losses = [
+        mixit_loss(
+            torch.cat([whole * (k / n_sources), whole * (1 - k / n_sources)], dim=1),
+            mixtures,
+            objective=objective,
+            max_snr_db=max_snr_db,
+        ).loss
+        for k in range(n_sources // 2 + 1)
+    ]
+    return -torch.stack(losses).amin(dim=0)
 
 
 def assigned(

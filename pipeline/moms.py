@@ -44,10 +44,10 @@ def is_validation(clip_id: str) -> bool:
 class AnchorMoms:
     """Mixtures of mixtures of anchors; item j is a function of (seed, j).
 
-    x1 and x2 have 1 to `max_stems` anchors each. Within a mixture of mixtures no class and no clip comes twice, and no
-    clip that is labelled with another anchor's class: where no such anchors are found, there are fewer. All anchors of
-    a mixture get the same energy, and x2 a level `snr_range` dB (uniform) below x1. `segment_samples` of each anchor
-    are used, from anywhere in it.
+    x1 and x2 have 1 to `max_stems` anchors each (`random_subsets` False: `max_stems`). Within a mixture of mixtures no
+    class and no clip comes twice, and no clip that is labelled with another anchor's class: where no such anchors are
+    found, there are fewer. All anchors of a mixture get the same energy, and x2 a level `snr_range` dB (uniform) below
+    x1. `segment_samples` of each anchor are used, from anywhere in it.
 
     part        train: of the index' clips those without validation; validation: the others; all
     n_items     of a fixed set: its size; None is an endless stream
@@ -64,6 +64,7 @@ class AnchorMoms:
         batch_size: int,
         max_stems: int,
         snr_range: tuple[float, float] = (-5.0, 5.0),
+        random_subsets: bool = True,
         part: Literal["train", "validation", "all"] = "all",
         n_items: int | None = None,
     ) -> None:
@@ -86,7 +87,7 @@ class AnchorMoms:
         self._labels = [frozenset(labels.split(";")) for labels in index.labels]
         self._reader, self._seed, self._batch_size = reader, seed, batch_size
         self._samples, self._max_stems, self._snr_range = segment_samples, max_stems, snr_range
-        self._n_items, self._n_rows = n_items, len(rows)
+        self._random_subsets, self._n_items, self._n_rows = random_subsets, n_items, len(rows)
 
     @property
     def n_anchors(self) -> int:
@@ -144,7 +145,8 @@ class AnchorMoms:
     def _draw(self, item: int) -> tuple[tuple[list[int], list[int]], np.random.Generator]:
         """Rows of the anchors on both sides of item j, and the generator for what else is drawn of it."""
         rng = np.random.default_rng([self._seed, item])
-        counts = rng.integers(1, self._max_stems, size=2, endpoint=True)
+        fewest = 1 if self._random_subsets else self._max_stems
+        counts = rng.integers(fewest, self._max_stems, size=2, endpoint=True)
         index = self._reader.index
         while True:
             total = int(counts.sum())

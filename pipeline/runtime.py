@@ -221,6 +221,17 @@ def _root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
 
 
+def outside(path: str | Path) -> Path:
+    """A path of params.yaml that is no output of the graph: where data or weights lie.
+
+    A copy of the workspace (`dvc exp run --temp`, `--queue`) has what git and DVC know. What it has not is that of the
+    workspace that it is a copy of.
+    """
+    path = Path(path)
+    there = _root() / path
+    return there if not path.exists() and there.exists() else path
+
+
 def scratch_dir(stage: str, fingerprint: str, keep: int = 1) -> Path:
     """Directory for the resumable state of one run, `data/scratch/<stage>/<fingerprint>`, locked by this process.
 

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.runtime import outside
+
 
 @dataclass(frozen=True)
 class Published:
@@ -44,6 +46,8 @@ PUBLISHED = {
     "pretrained.pth": Published(
         None, None, "the README of github.com/facebookresearch/AudioMAE; CC-BY-NC 4.0: not for commercial use"
     ),
+    # Its queries are Cnn14's embeddings, as here; those of the next one are 527 probabilities.
+    "ss_model=resunet30,querynet=emb,data=balanced,devices=1,steps=1000000.ckpt": Published(None, None, _USS),
     "ss_model=resunet30,querynet=at_soft,data=full,devices=8,step=1000000.ckpt": Published(1_121_024_828, None, _USS),
 }
 
@@ -101,6 +105,7 @@ def read_tensors(path: Path, *, sha256: str | None, entry: str, prefix: str = ""
     .safetensors file has none, and it is not used. The file passes `check` first. Raises ValueError if it holds
     anything but the expected types.
     """
+    path = outside(path)
     check(path, sha256)
     if path.suffix == ".safetensors":
         state: object = read_safetensors(path)

@@ -85,8 +85,8 @@ def world(tmp_path_factory):
     sounds = [(f"c{i}x{number}", i, [i]) for i in CLASSES for number in range(4)]
     anchors, pairs = write_sounds(root / "anchors" / "eval", sounds), write_pairs(root / "pairs" / "eval")
     tests = {
-        "music": stage.Test("music", index, music, MIXIT, None, "joint"),
-        "anchors": stage.Test("anchors", anchors, None, MIXIT, pairs, "joint"),
+        "music": stage.Test("music", index, music, MIXIT, None),
+        "anchors": stage.Test("anchors", anchors, None, MIXIT, stage.EvalPairs(pairs, "joint")),
     }
     separators = {
         "music": write_separator(root / "conv", "conv_tasnet", "music"),
@@ -125,7 +125,7 @@ def opened(world, data):
         shared["max_stems"] = 3 if purpose == mixit.SINGLE else 2
         shared["snr_range"] = MIXIT.mom_snr_range
         if data == "anchors":
-            return anchor_streams(test.source, "all", n_items=None, **shared).moms[0]
+            return anchor_streams(test.source, "all", random_subsets=True, n_items=None, **shared).moms[0]
         return music_streams(test.source, "test", test.music, random_subsets=random_subsets, fixed=True, **shared).moms[
             0
         ]
@@ -213,7 +213,7 @@ def test_pairs_are_scored_by_the_best_assignment_of_outputs(world, results):
     assert table["pair"].tolist() == list(range(N_PAIRS))
     test, separator = world[0]["anchors"], opened(world, "anchors")[0]
     reader = AnchorReader(test.source, AnchorIndex.load(test.source))
-    for pair, found in zip(pd.read_parquet(test.pairs).itertuples(), table.itertuples(), strict=True):
+    for pair, found in zip(pd.read_parquet(test.pairs.file).itertuples(), table.itertuples(), strict=True):
         mixture, target, interferer = mix(
             *(torch.from_numpy(reader.waveform(reader.index.row(key)))[None] for key in (pair.target, pair.interferer)),
             torch.tensor([pair.gain], dtype=torch.float32),

@@ -157,6 +157,12 @@ def test_a_setting_of_a_separator_without_queries_trains_and_evaluates_it_alone(
     assert planned(project, entry + "1.0", entry + "2.0") == ours
 
 
+def test_how_pairs_are_mixed_concerns_no_separator_of_music(project):
+    found = planned(project, "normalize: joint ", "normalize: declip ")
+    assert {"train_separator@resunet", "evaluate_mixit_anchors@performer_anchors"} <= found
+    assert not {name for name in found if "mixit@" in name}
+
+
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
-    {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "runtime", "weights"},
+    {"runtime"},
+    {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "weights"},
     {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},

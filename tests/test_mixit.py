@@ -78,6 +78,12 @@ def test_a_mistake_names_its_key(tmp_path, changes, models, message):
         read_entry("one", "music", write_params(tmp_path / "params.yaml", changes, **models))
 
 
+def test_an_entry_of_anchors_cannot_be_pretrained(tmp_path):
+    path = write_params(tmp_path / "params.yaml", {"pretrained": True}, "anchors")
+    with pytest.raises(ValueError, match=r"mixit_anchors\.one\.pretrained: the pretraining hears music"):
+        read_entry("one", "anchors", path)
+
+
 def test_an_entry_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no section 'mixit_music\.two'"):
         read_entry("two", "music", write_params(tmp_path / "params.yaml"))
@@ -177,11 +183,18 @@ def test_a_length_that_was_not_indexed_is_named(music):
         open_music(music, seconds=[0.5, 1.5])
 
 
+def test_music_that_is_gone_is_said_to_be_made_or_moved(music, tmp_path):
+    index, params = music
+    gone = (index, params.model_copy(update={"root": str(tmp_path / "gone")}))
+    with pytest.raises(FileNotFoundError, match=r"music\.root '.*gone' is not a directory now.*--force index_music"):
+        open_music(gone)
+
+
 def test_anchor_streams_are_whole_anchors_of_their_part_where_no_length_is_said(tmp_path):
     sounds = [(f"c{index}x{number}", index, [index]) for index in (3, 72, 137, 300) for number in range(40)]
     directory = write_sounds(tmp_path / "train", sounds)
     n_held_out = sum(is_validation(clip) for clip, _, _ in sounds)
-    options = {"seed": 0, "batch_size": 2, "max_stems": 2, "snr_range": [-5.0, 5.0]}
+    options = {"seed": 0, "batch_size": 2, "max_stems": 2, "snr_range": [-5.0, 5.0], "random_subsets": True}
     for part, n_anchors, n_items in (("train", 160 - n_held_out, None), ("validation", n_held_out, 6), ("all", 160, 6)):
         streams = anchor_streams(directory, part, seconds=None, n_items=n_items, **options)
         assert (streams.sample_rate, list(streams.seconds)) == (RATE, [0.25])

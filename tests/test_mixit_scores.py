@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline import mixit_scores
+from pipeline.losses import mixit_loss
 from pipeline.metrics import bss_eval, sdr, si_sdr
 from pipeline.mixit_scores import (
     classes_with_interval,
@@ -50,14 +51,27 @@ def test_perfect_outputs_reach_the_limit_of_30_db_and_doing_nothing_3():
     assert all(value.dtype == np.float64 and value.shape == (2,) for value in found.values())
 
 
+def test_doing_nothing_is_scored_exactly_for_any_number_of_outputs():
+    mixtures = randn(3, 2, SAMPLES)
+    scores = []
+    for n_sources in (8, 16, 40):
+        estimates = (mixtures.sum(dim=1, keepdim=True) / n_sources).expand(-1, n_sources, -1)
+        masks = torch.full((3, n_sources, 2, 2), 1 / n_sources)
+        scores.append(mom_scores(estimates, masks, mixtures)["do_nothing_snr"])
+        if n_sources <= 16:
+            brute = -mixit_loss(estimates, mixtures, objective="snr", max_snr_db=30.0).loss
+            assert scores[-1] == pytest.approx(brute.numpy(), abs=1e-4)
+    assert scores[2] == pytest.approx(scores[0], abs=0.1)  # least squares would have 0 dB
+
+
 @pytest.mark.parametrize("n_sources", [2, 3, 8])
 def test_a_separator_that_does_nothing_is_no_better_than_its_row(n_sources):
     mixtures = orthogonal(3, 2)
     mixtures[1, 1] *= 0.5
     estimates = (mixtures.sum(dim=1, keepdim=True) / n_sources).expand(-1, n_sources, -1)
     found = mom_scores(estimates, torch.full((3, n_sources, 9, 5), 1 / n_sources), mixtures)
-    assert found["snr_above_do_nothing"] == pytest.approx([0.0] * 3)
-    assert found["si_snr"] == pytest.approx(found["do_nothing_si_snr"])
+    assert found["snr_above_do_nothing"] == pytest.approx([0.0] * 3, abs=1e-4)
+    assert found["si_snr"] == pytest.approx(found["do_nothing_si_snr"], abs=1e-4)
     assert found["overlap"] == pytest.approx([1.0] * 3)
     assert found["ne_mask"] == pytest.approx([n_sources] * 3)
     assert found["ne_energy"] == pytest.approx([n_sources] * 3)

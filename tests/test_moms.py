@@ -117,6 +117,12 @@ def test_each_mixture_has_one_to_max_stems_anchors(reader):
     assert min(counts.values()) > 240 / 3 * 0.6
 
 
+def test_without_subsets_each_mixture_has_max_stems_anchors(reader):
+    assert {
+        int(k) for n in range(5) for k in moms(reader, random_subsets=False, max_stems=2).batch(n).n_stems.flat
+    } == {2}
+
+
 def test_stems_are_equally_loud_and_add_up_to_their_mixture(reader):
     batch = moms(reader, batch_size=32).batch(0)
     np.testing.assert_allclose(batch.stems.sum(2), batch.mixtures, atol=1e-6)

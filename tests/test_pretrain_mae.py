@@ -187,6 +187,18 @@ def test_a_published_encoder_is_converted_in_place_of_training(run, tmp_path):
     assert torch.equal(converted.hidden(features)[-1], encoder.hidden(features)[-1])
 
 
+def test_a_published_autoencoder_is_evaluated_on_whole_clips_whatever_was_to_be_heard(run, tmp_path):
+    sizes = {"dim": 64, "depth": 1, "heads": 1, "decoder": "local", "decoder_dim": 64, "decoder_depth": 1}
+    torch.manual_seed(3)
+    path = tmp_path / "pretrained.pth"
+    torch.save({"model": MaskedAutoencoder(**sizes, decoder_heads=16).state_dict()}, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    out, summary = run(weights=str(path), weights_sha256=sha256, weights_format="audiomae", frames=128)
+    assert summary["steps"] == 0
+    assert summary["loss"] > 0
+    assert json.loads((out / "config.json").read_text())["model"]["decoder"] == "local"
+
+
 UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4] * 6, "norm_momentum": 0.1, "phase_bias": 1.0}
 SETTINGS = {
     **{"upstream": "mae", "mae_input": "crop", "layers": "auto", "repeat": "interleave", "fusion": "film"},

@@ -463,7 +463,8 @@ def test_timings_are_in_the_order_of_the_graph(tmp_path):
     for stage in ("report", "evaluate_mixit@a", "evaluate@a", "train_mixit@a", "index_music", "probe@a"):
         (tmp_path / f"{stage}.json").write_text("{}")
     order = ["evaluate@a", "probe@a", "index_music", "train_mixit@a", "evaluate_mixit@a", "report"]
-    assert list(read_timings(tmp_path)) == order
+    assert list(read_timings(tmp_path, ["a"])) == order
+    assert list(read_timings(tmp_path, ["b"])) == ["index_music", "report"]  # the others are of another params.yaml
 
 
 # ------------------------------------------------------------------------------------------------- sounds

@@ -18,6 +18,7 @@ from pipeline.config import Params
 from pipeline.runtime import (
     AlreadyRunning,
     fingerprint,
+    outside,
     publish,
     read_json,
     running,
@@ -252,6 +253,19 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(workspace: Path) ->
     finally:
         os.kill(child, signal.SIGKILL)
         other.communicate()
+
+
+def test_what_a_copy_of_the_workspace_lacks_is_the_originals(tmp_path, monkeypatch):
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    (original / "data" / "music").mkdir(parents=True)
+    (copy / "data").mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(original))
+    monkeypatch.chdir(copy)
+    assert outside("data/music") == original / "data" / "music"
+    assert outside("data/nowhere") == Path("data/nowhere")  # as params.yaml has it, for the error message
+    assert outside(original / "data") == original / "data"
+    (copy / "data" / "music").mkdir()
+    assert outside("data/music") == Path("data/music")
 
 
 def test_scratch_of_the_run_before_is_kept_and_older_ones_are_not(workspace: Path) -> None:

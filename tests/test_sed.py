@@ -130,6 +130,15 @@ def test_published_weights_are_taken_as_they_are(splits, tmp_path):
     assert summary["query"] == "small"
     assert json.loads((tmp_path / "sed/detector/config.json").read_text())["class"] == "PannsDetector"
     assert load_detector(tmp_path / "sed/detector").class_indices == list(range(527))
+    torch.manual_seed(1)
+    encoder = tmp_path / "query.pth"
+    torch.save({"model": panns_models().Cnn14(**sizes).state_dict()}, encoder)
+    published = {"query_weights": str(encoder)}
+    published["query_weights_sha256"] = hashlib.sha256(encoder.read_bytes()).hexdigest()
+    summary = run(splits, tmp_path / "both", weights=str(file), weights_sha256=sha256, steps=1, **published)
+    assert (summary["detector"], summary["query"]) == ("detector.pth", "query.pth")
+    # Nothing was trained: DVC waits for the curve all the same.
+    assert [len(path.read_text().splitlines()) for path in tmp_path.glob("*.csv")].count(1) == 1
     with pytest.raises(ValueError, match=r"detector\.pth has sha256"):
         run(splits, tmp_path / "sed", weights=str(file), weights_sha256="0" * 64, steps=1)
     with pytest.raises(ValueError, match="its sha256 is not known, so it is not opened"):

@@ -404,7 +404,8 @@ def test_a_checkpoint_file_is_read_into_a_separator(tmp_path):
     torch.save(content, path := tmp_path / "uss.ckpt")
 
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    again = separators.read_published("resunet", path, sha256=sha256)
+    again, arguments = separators.read_published("resunet", path, sha256=sha256)
+    assert arguments == sizes
     assert again.keys() == separator.state_dict().keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in separator.state_dict().items())
     with pytest.raises(ValueError, match="has sha256"):

@@ -206,7 +206,7 @@ def test_running_out_of_memory_is_a_result(train, monkeypatch, music, tmp_path, 
     assert not list((tmp_path / "data" / "scratch").rglob("checkpoint.pt"))
 
     index, params = music
-    test = evaluate_mixit.Test("music", index, params, MIXIT, None, "joint")
+    test = evaluate_mixit.Test("music", index, params, MIXIT, None)
     evaluated = evaluate_mixit.evaluate_mixit(
         "tiny",
         out,

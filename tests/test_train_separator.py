@@ -117,6 +117,10 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     config = run(anchors, tmp_path / "out", Plan("resunet", MODEL, file, sha256))
     assert config["steps"] == 0
+    with pytest.raises(
+        ValueError, match=r"published\.ckpt does not fit: it has n_fft .*separators\.tiny\.model\.n_fft"
+    ):
+        run(anchors, tmp_path / "other", Plan("resunet", {**MODEL, "n_fft": 2 * MODEL["n_fft"]}, file, sha256))
     written = load_file(tmp_path / "out/weights.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in ours.items())
 

@@ -97,6 +97,15 @@ def test_a_burst_changes_the_frames_around_it_most(name, pretrained):
 
 
 @each_upstream
+def test_weights_may_be_held_in_bfloat16(name, pretrained):
+    exact, rounded = (make(name, pretrained) for _ in range(2))
+    rounded.to(torch.bfloat16)
+    wanted, found = (upstream.hidden(noise(32000))[-1].float() for upstream in (exact, rounded))
+    assert found.shape == wanted.shape
+    assert (found - wanted).norm() <= 0.1 * wanted.norm()
+
+
+@each_upstream
 def test_a_config_and_a_state_give_the_same_features_again(name, pretrained):
     upstream = make(name, pretrained)
     config, _ = upstreams.read(name, OPTIONS[name], pretrained)

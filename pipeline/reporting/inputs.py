@@ -1,6 +1,6 @@
 """What the data stages left behind, counted for the report. A stage that was not run leaves None, never a guess."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,14 +165,19 @@ def flat_scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return shown
 
 
-def read_timings(timings: Path) -> dict[str, dict[str, int | float]]:
-    """Seconds and peak memory of every stage's last run that succeeded, by stage, in the order of the graph."""
+def read_timings(timings: Path, items: Iterable[str]) -> dict[str, dict[str, int | float]]:
+    """Seconds and peak memory of every stage's last run that succeeded, by stage, in the order of the graph.
+
+    `items` are the splits and models of this params.yaml: a stage of another one, stage@<item>, left its timing too.
+    """
+    known_items = set(items)
 
     def order(path: Path) -> tuple[int, str]:
         known = [stage for stage in STAGES if path.stem.startswith(stage)]
         return (STAGES.index(max(known, key=len)) if known else len(STAGES), path.stem)
 
-    return {path.stem: read_json(path) for path in sorted(timings.glob("*.json"), key=order)}
+    paths = [path for path in timings.glob("*.json") if path.stem.partition("@")[2] in {"", *known_items}]
+    return {path.stem: read_json(path) for path in sorted(paths, key=order)}
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame | None:

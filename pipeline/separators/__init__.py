@@ -74,13 +74,13 @@ def model_params(name: str) -> type[Params]:
     return create_model(f"{name}.model", __base__=Params, **fields)
 
 
-def read_published(name: str, path: Path, *, sha256: str | None) -> dict[str, Tensor]:
-    """State dict of a checkpoint that the architecture's authors published, for the Separator of that file.
+def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict of a checkpoint that the architecture's authors published, and arguments of the Separator it is of.
 
     ValueError where the file `pipeline/separators/<name>.py` defines no `read_published(path, sha256=...)`.
     """
     module = import_module(f"{__name__}.{name}")
     if not hasattr(module, "read_published"):
         raise ValueError(f"{path}: separator {name!r} reads no published checkpoints")
-    state: dict[str, Tensor] = module.read_published(path, sha256=sha256)
-    return state
+    found: tuple[dict[str, Tensor], dict[str, Any]] = module.read_published(path, sha256=sha256)
+    return found

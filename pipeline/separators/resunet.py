@@ -327,6 +327,10 @@ def from_uss(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[published_name(name)] for name in ours}
 
 
-def read_published(path: Path, *, sha256: str | None) -> dict[str, Tensor]:
-    """The separator in a Lightning checkpoint of uss, under our names. Errors: `weights.check` and `from_uss`."""
-    return from_uss(read_tensors(path, sha256=sha256, entry="state_dict", prefix="ss_model."))
+def read_published(path: Path, *, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The separator in a Lightning checkpoint of uss, under our names, and the arguments that its shapes show.
+
+    Errors: `weights.check` and `from_uss`.
+    """
+    state = read_tensors(path, sha256=sha256, entry="state_dict", prefix="ss_model.")
+    return from_uss(state), uss_arguments(state)

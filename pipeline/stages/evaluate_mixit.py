@@ -68,6 +68,14 @@ class EvaluateMixitParams(Params):
 
 
 @dataclass(frozen=True)
+class EvalPairs:
+    """The chain's pairs of the eval split, and how they are mixed."""
+
+    file: Path
+    normalize: Normalize
+
+
+@dataclass(frozen=True)
 class Test:
     """What an entry is tested on."""
 
@@ -75,8 +83,7 @@ class Test:
     source: Path  # the index of the music, or the anchors of the eval split
     music: MusicParams | None
     mixit: MixitParams
-    pairs: Path | None  # of the eval split, for an entry trained on anchors
-    normalize: Normalize
+    pairs: EvalPairs | None  # for an entry trained on anchors
 
 
 def load_separator(directory: Path, device: str) -> Any:
@@ -99,7 +106,8 @@ def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tens
 def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, max_stems: int) -> Iterator[MomBatch]:
     """The first n mixtures of mixtures of the test data, the same for every entry of this segment length.
 
-    purpose TEST: stems in random subsets, as in training. SINGLE: all stems that sound, up to max_stems.
+    purpose TEST: stems in random subsets, if those of training are. SINGLE: all stems of a track that sound, up to
+    max_stems; of anchors, any number of them up to that.
     """
     shared: dict[str, Any] = {
         "seconds": [seconds],
@@ -109,7 +117,8 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, m
         "snr_range": test.mixit.mom_snr_range,
     }
     if test.music is None:
-        streams = anchor_streams(test.source, "all", n_items=n, **shared)
+        subsets = test.mixit.random_subsets or purpose == mixit.SINGLE
+        streams = anchor_streams(test.source, "all", random_subsets=subsets, n_items=n, **shared)
     else:
         subsets = test.mixit.random_subsets and purpose == mixit.TEST
         streams = music_streams(test.source, "test", test.music, random_subsets=subsets, fixed=True, **shared)
@@ -266,8 +275,10 @@ def evaluate_mixit(
         inputs += [test.source / file for file in ("index.parquet", "index.json", "shards.json")]
     else:
         inputs += [index_file(test.source, seconds) for seconds in (longest, *shorter)]
-    context: list[Any] = [*([test.music] if test.music else []), *([test.pairs] if test.pairs else [])]
-    run = fingerprint(params, test.mixit, test.normalize, device, *context, *inputs)
+    context: list[Any] = [test.music] if test.music else []
+    if test.pairs is not None:
+        context += [test.pairs.normalize, test.pairs.file]
+    run = fingerprint(params, test.mixit, device, *context, *inputs)
     scratch = scratch_dir(f"evaluate_mixit@{name}", run)
     finished = _empty(scratch / "finished")
 
@@ -319,9 +330,9 @@ def _scores(
         setup = PairsSetup(
             run=run,
             separator=separator_dir.absolute(),
-            pairs=test.pairs.absolute(),
+            pairs=test.pairs.file.absolute(),
             anchors=test.source.absolute(),
-            normalize=test.normalize,
+            normalize=test.pairs.normalize,
             batch_size=params.batch_size,
             device=device,
         )
@@ -352,13 +363,15 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, required=True)
     args = parser.parse_args()
     params = load_params("evaluate_mixit", EvaluateMixitParams)
+    pairs = None
+    if args.pairs is not None:
+        pairs = EvalPairs(args.pairs / "pairs.parquet", load_params("pairs", PairsParams).normalize)
     test = Test(
         data=args.data,
         source=args.source,
         music=load_params("music", MusicParams) if args.data == "music" else None,
         mixit=load_params("mixit", MixitParams),
-        pairs=None if args.pairs is None else args.pairs / "pairs.parquet",
-        normalize=load_params("pairs", PairsParams).normalize,
+        pairs=pairs,
     )
     if choose_device(params.device).type == "cuda":
         os.environ.setdefault("USS_WORKERS", "0")  # one process per GPU, unless somebody wants more

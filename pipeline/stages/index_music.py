@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 from pipeline.config import load_params
 from pipeline.datasets.music import load, tracks_of
 from pipeline.music import MusicParams, index_file, segments
-from pipeline.runtime import publish, remove, running, write_atomic, write_json
+from pipeline.runtime import outside, publish, remove, running, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
 
 def index_music(out: Path, params: MusicParams) -> dict[str, Any]:
     """Write segments_<length>s.parquet, quarantine.csv and summary.json into `out`; return the summary."""
-    root, met = Path(params.root), Counter[str]()
+    root, met = outside(params.root), Counter[str]()
     tracks = tracks_of(params.source, root, params.view, met)
     folder = out.with_name(f".{out.name}.tmp")
     remove(folder)

@@ -37,7 +37,7 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.shards import ClipReader
-from pipeline.upstreams.mae import MaskedAutoencoder, Upstream, encoder_sizes, encoder_state, read_published
+from pipeline.upstreams.mae import MAX_FRAMES, MaskedAutoencoder, Upstream, encoder_sizes, encoder_state, read_published
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def pretrain_mae(
             Path(params.weights), sha256=params.weights_sha256, layout=params.weights_format
         )
         summary |= {"weights": f"{params.weights_format}: {Path(params.weights).name}", "steps": 0, "epochs": 0}
+        params = params.model_copy(update={"frames": MAX_FRAMES})  # nothing is trained; its decoder's windows need them
         model = untrained(sizes, params)
         model.load_state_dict(published)
         write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")

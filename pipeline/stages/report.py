@@ -377,7 +377,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     }
     pretraining = read_summaries(places.summaries, ["pretrain_mae"])["pretrain_mae"]
     metrics |= encoder.encoder_metrics(pretraining, probes, configs)
-    timings = read_timings(places.timings)
+    timings = read_timings(places.timings, _items(settings))
     unsupervised = music.read_entries(places.summaries, settings.mixit or {}, timings)
     pretraining_music = music.read_pretraining(places.summaries) if settings.mixit else {}
     for text in [*music.alarms(unsupervised), *music.idlers(unsupervised)]:
@@ -453,7 +453,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "best_assignment": bound,
         **_music_context(unsupervised, music_curves, music_tables, drawings, settings.music),
         **_class_context(summary.per_class, splits),
-        **_stage_context(places, models, unsupervised),
+        **_stage_context(places, models, unsupervised, timings),
     }
     filters = {"db": tables.db, "interval": tables.interval, "cell": tables.cell, "p_value": tables.p_value}
     # A page without sounds tells how many of them will fit.
@@ -516,7 +516,16 @@ def _music_context(
     }
 
 
-def _stage_context(places: Places, models: Sequence[str], unsupervised: Sequence[music.Entry]) -> dict[str, Any]:
+def _items(settings: Settings) -> list[str]:
+    return [*SPLITS, *settings.separators, *(settings.mixit or {})]
+
+
+def _stage_context(
+    places: Places,
+    models: Sequence[str],
+    unsupervised: Sequence[music.Entry],
+    timings: Mapping[str, Mapping[str, int | float]],
+) -> dict[str, Any]:
     names = [f"{stage}_{split}" for stage in ("resample", "mine_anchors", "pairs") for split in SPLITS]
     probes = [f"probe_{m}" for m in models if (places.summaries / f"probe_{m}.json").is_file()]
     names = [*names[:2], "sed", "pretrain_mae", *names[2:], *(f"evaluate_{model}" for model in models), *probes]
@@ -524,7 +533,6 @@ def _stage_context(places: Places, models: Sequence[str], unsupervised: Sequence
     names += ["pretrain_performer"] if any(entry.pretrained for entry in unsupervised) else []
     names += [f"evaluate_mixit_{entry.name}" for entry in unsupervised]
     summaries = read_summaries(places.summaries, names)
-    timings = read_timings(places.timings)
     detector = (summaries["sed"] or {}).get("mean_average_precision")
     return {
         "summaries": {name: None if value is None else flat_scalars(value) for name, value in summaries.items()},

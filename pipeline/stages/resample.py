@@ -35,7 +35,7 @@ from pydantic import Field
 from pipeline.audio import BadClip, Reason, level_db, locate, read_segment, resample, to_int16
 from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
-from pipeline.runtime import fingerprint, link_or_copy, publish, remove, running, scratch_dir, write_json
+from pipeline.runtime import fingerprint, link_or_copy, outside, publish, remove, running, scratch_dir, write_json
 from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,8 @@ def check_bad_fraction(summary: dict[str, Any], quarantine: Path, params: Resamp
         raise ValueError(f"no clip is left: {counts}\n{lists}")
     raise TooManyBadClips(
         f"{counts}; resample.max_bad_fraction is {params.max_bad_fraction:.1%}\n{lists}\n"
-        "Nothing that is done is lost: repair or remove the files and run `dvc repro --force scan`, or raise the bound."
+        "Nothing that is done is lost: repair or remove the files and run `dvc repro --force scan`, then `dvc repro`, "
+        "or raise the bound."
     )
 
 
@@ -352,7 +353,7 @@ def main() -> None:
         numbers = params.model_dump_json(exclude={"max_bad_fraction"})
         run = fingerprint(audio, numbers, str(root), args.split, manifest)
         scratch = scratch_dir(stage, run)
-        summary = resample_split(manifest, root, args.split, args.out, scratch, audio, params)
+        summary = resample_split(manifest, outside(root), args.split, args.out, scratch, audio, params)
         write_json(args.summary, summary)
         shutil.rmtree(scratch)
     for key in ("bad_reasons", "notes"):

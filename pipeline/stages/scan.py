@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import ontology
 from pipeline.config import DataParams, load_params
 from pipeline.datasets import Clip, load
-from pipeline.runtime import publish, remove, running, write_atomic, write_json
+from pipeline.runtime import outside, publish, remove, running, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def without_recordings(listing: Listing, others: Listing) -> tuple[Listing, int]
 
 def scan(out: Path, params: DataParams, dataset: ModuleType) -> dict[str, Any]:
     """Write train.csv, eval.csv, missing.csv and summary.json into the folder `out`; return the summary."""
-    root = Path(params.root)
+    root = outside(params.root)
     listings: dict[str, Listing] = {}
     summary: dict[str, Any] = {"source": params.source}
     for split, subsets in zip(SPLITS, (params.train, params.eval), strict=True):

@@ -41,6 +41,7 @@ def streams(entry: Entry, source: Path, music: MusicParams | None, params: Mixit
         "batch_size": params.batch_size,
         "max_stems": params.max_stems,
         "snr_range": params.mom_snr_range,
+        "random_subsets": params.random_subsets,
     }
     seeds = [seed_of(params.seed, purpose) for purpose in (mixit.TRAIN, mixit.VALIDATION)]
     if music is None:
@@ -49,7 +50,6 @@ def streams(entry: Entry, source: Path, music: MusicParams | None, params: Mixit
             anchor_streams(source, "train", seed=seeds[0], n_items=None, **shared),
             anchor_streams(source, "validation", seed=seeds[1], n_items=n_items, **shared),
         )
-    shared["random_subsets"] = params.random_subsets
     return (
         music_streams(source, "train", music, seed=seeds[0], fixed=False, **shared),
         music_streams(source, "validation", music, seed=seeds[1], fixed=True, **shared),

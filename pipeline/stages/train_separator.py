@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,8 @@ from pipeline.separators import build, model_params, read_published, separate_pa
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
 
 log = logging.getLogger(__name__)
+
+ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has the shards' hashes, of the queries too
 
 
 class TrainParams(Params):
@@ -223,6 +226,18 @@ def plan(name: str, section: str, pretrained: Path | None) -> Plan:
     return Plan(mae_entry.architecture, {**unet, **settings, "upstream_config": config}, upstream=state)
 
 
+def _check_sizes(name: str, sizes: Mapping[str, Any], plan: Plan, query_dim: int) -> None:
+    """ValueError names where a published network is of other sizes than params.yaml and the queries have."""
+    here = {**plan.model, "query_dim": query_dim}
+    places = {key: f"separators.{name}.model.{key}" for key in plan.model} | {"query_dim": "the anchors' queries"}
+    wrong = [f"{key} {there}, {places[key]} {here[key]}" for key, there in sizes.items() if here[key] != there]
+    if wrong:
+        raise ValueError(
+            f"{plan.weights} does not fit: it has {'; '.join(wrong)}. Queries of 2048 are those of Cnn14, "
+            "sed.query_weights"
+        )
+
+
 def train_separator(
     name: str, anchors: Path, out: Path, curve: Path, *, plan: Plan, params: TrainParams, pairs: PairsParams
 ) -> dict[str, Any]:
@@ -239,7 +254,7 @@ def train_separator(
     digest = hashlib.sha256(save(plan.upstream or {})).hexdigest()
     scratch = scratch_dir(
         f"train_separator-{name}",
-        fingerprint(identity, digest, params, pairs, anchors / "index.parquet", anchors / "index.json"),
+        fingerprint(identity, digest, params, pairs, *(anchors / file for file in ANCHOR_FILES)),
     )
     if plan.weights is None:
         batches = Batches(
@@ -252,7 +267,8 @@ def train_separator(
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
     else:
-        published = read_published(plan.architecture, plan.weights, sha256=plan.weights_sha256)
+        published, sizes = read_published(plan.architecture, plan.weights, sha256=plan.weights_sha256)
+        _check_sizes(name, sizes, plan, query_dim)
         model.load_state_dict(published)
         write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
     config = {

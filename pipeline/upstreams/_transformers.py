@@ -5,7 +5,6 @@ model.safetensors or pytorch_model.bin), or `random` for weights drawn at random
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from pipeline import upstreams
 from pipeline.config import Params
 from pipeline.fbank import SAMPLE_RATE as RATE_16K
 from pipeline.fbank import to_16k
-from pipeline.runtime import read_json
+from pipeline.runtime import outside, read_json
 from pipeline.weights import read_tensors
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -95,7 +94,7 @@ def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str
     """
     if options["weights"] == "random":
         return {"config": dict(options["config"]), "normalise": False, "weights": "random"}, None
-    folder = Path(options["weights"])
+    folder = outside(options["weights"])
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no config.json; download the model into this folder, or say weights: random"

@@ -5,7 +5,7 @@ Code and weights Apache-2.0 (PyPI: dasheng). No frequency axis: a step is 40 ms 
     dvc import-url https://zenodo.org/records/11511780/files/dasheng_base.pt data/upstreams/dasheng_base.pt
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ class Upstream(upstreams.Upstream):
 
         self.model = Dasheng(**config)
         self.dim, self.n_layers, self.frames_per_step = config["embed_dim"], config["depth"], 4.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Upstream":
+        # The log-mel front end and its norm stay float32, whatever the blocks become (`bf16_frozen`).
+        front = (self.model.front_end, self.model.init_bn)
+        kept = {id(t) for module in front for t in (*module.parameters(), *module.buffers())}
+
+        def convert(t: Tensor) -> Tensor:
+            return t.to(fn(t).device) if id(t) in kept else fn(t)
+
+        return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
         """What each block gives, 25 times a second."""
