@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -35,9 +36,10 @@ import soundfile
 from jaxtyping import Float32, Int64
 from pydantic import Field, model_validator
 
-from pipeline.audio import MAX_PEAK, MAX_RATE, MIN_RATE, BadClip, Reason, level_db, locate, resample
+from pipeline.audio import MAX_PEAK, MAX_RATE, MIN_RATE, BadClip, Reason, is_below, level_db, locate, resample
 from pipeline.config import Params
-from pipeline.datasets.music import Subset, Track
+from pipeline.datasets.music import Subset, Track, split_stream
+from pipeline.stem_mp4 import StemStream
 
 How = Literal["track", "report", "source"]
 """Who decides what is trained on. `track`: whole tracks, all of an artist on one side. `source`: the source's own
@@ -63,7 +65,7 @@ COLUMNS = (
     "active_stems",  # their names, joined by ;
     "stems",  # names of all stems of the track, joined by ;
     "bleeding_stems",
-    "paths",  # JSON: the files of each stem
+    "paths",  # JSON: the files of each stem, as in datasets.music.Stem
     "mixture",  # the ready mixture, or empty
 )
 
@@ -186,8 +188,42 @@ def _blaming(path: str) -> Iterator[None]:
         raise BadFile(path, "unreadable", os.strerror(error.errno or 0)) from None
 
 
-class _File:
-    """An open file, of which pieces are read as mono (the mean of the channels). BadFile for whatever is wrong."""
+class _Sound(ABC):
+    """An open sound, of which pieces are read as mono (the mean of the channels). BadFile for whatever is wrong."""
+
+    path: str
+    frames: int
+    rate: int
+
+    def read(self, start: int, frames: int) -> Float32[np.ndarray, " frames"]:
+        """`frames` from `start` on, zeros behind the end of the file."""
+        mono = np.zeros(frames, np.float32)
+        wanted = max(0, min(frames, self.frames - start))
+        if not wanted:
+            return mono
+        with _blaming(self.path):
+            block = self._channels(start, wanted)
+            share = np.float32(1 / block.shape[1])
+            for channel in range(block.shape[1]):
+                mono[:wanted] += share * block[:, channel]
+            peak = max(float(mono.max()), -float(mono.min()))
+            if not np.isfinite(peak):
+                raise BadClip("non_finite")
+            if peak > MAX_PEAK:
+                raise BadClip("peak_out_of_range", f"{peak:.3g} times full scale")
+        return mono
+
+    @abstractmethod
+    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
+        """These frames, all of which lie before the end; BadClip."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """A sound that is not closed goes with the object."""
+
+
+class _File(_Sound):
+    """A file that libsndfile decodes."""
 
     def __init__(self, root: Path, path: str) -> None:
         self.path = path
@@ -205,30 +241,37 @@ class _File:
                 if there < 0.99 * stated and stated < 0x7FFF_0000:
                     raise BadClip("truncated", f"{there} bytes of {stated}")
 
-    def read(self, start: int, frames: int) -> Float32[np.ndarray, " frames"]:
-        """`frames` from `start` on, zeros behind the end of the file."""
-        mono = np.zeros(frames, np.float32)
-        wanted = max(0, min(frames, self.frames - start))
-        if not wanted:
-            return mono
-        with _blaming(self.path):
-            self._file.seek(start)
-            block = self._file.read(wanted, dtype="float32", always_2d=True)
-            if len(block) < wanted:
-                raise BadClip("truncated", f"{start + len(block)} frames of {self.frames}")
-            share = np.float32(1 / block.shape[1])
-            for channel in range(block.shape[1]):
-                mono[:wanted] += share * block[:, channel]
-            peak = max(float(mono.max()), -float(mono.min()))
-            if not np.isfinite(peak):
-                raise BadClip("non_finite")
-            if peak > MAX_PEAK:
-                raise BadClip("peak_out_of_range", f"{peak:.3g} times full scale")
-        return mono
+    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
+        self._file.seek(start)
+        block = self._file.read(frames, dtype="float32", always_2d=True)
+        if len(block) < frames:
+            raise BadClip("truncated", f"{start + len(block)} frames of {self.frames}")
+        return block
 
     def close(self) -> None:
-        """A file that is not closed goes with the object."""
         self._file.close()
+
+
+class _Stream(_Sound):
+    """An audio stream of a .stem.mp4."""
+
+    def __init__(self, root: Path, path: str, file: str, stream: int) -> None:
+        self.path = path
+        with _blaming(path):
+            self._stream = StemStream(locate(root, file), stream)
+        self.frames, self.rate = self._stream.frames, self._stream.rate
+
+    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
+        return self._stream.read(start, frames)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _open(root: Path, path: str) -> _Sound:
+    """The sound at a path of a Track."""
+    file, stream = split_stream(path)
+    return _File(root, path) if stream is None else _Stream(root, path, file, stream)
 
 
 def _rms(waveform: Signal) -> float:
@@ -237,7 +280,7 @@ def _rms(waveform: Signal) -> float:
 
 
 def _is_silent(waveform: Signal) -> bool:
-    return level_db(waveform) < SILENCE_DB
+    return is_below(waveform, SILENCE_DB)
 
 
 # -------------------------------------------------------------------------------------------------------------- index
@@ -309,10 +352,10 @@ def scan(
     rows: list[dict[str, object]] = []
     with ExitStack() as stack:
         try:
-            files: dict[str, _File] = {}
+            files: dict[str, _Sound] = {}
             for path in [path for stem in track.stems for path in stem.paths] + [track.mixture or ""]:
                 if path and path not in files:
-                    files[path] = _File(root, path)
+                    files[path] = _open(root, path)
                     stack.callback(files[path].close)
             rate = next(iter(files.values())).rate
             if other := next((file for file in files.values() if file.rate != rate), None):
@@ -465,7 +508,7 @@ class SegmentReader:
         frames = ceil(samples * row.sample_rate / self.sample_rate)
         total = np.zeros(frames, np.float32)
         for path in paths:
-            with closing(_File(self.root, path)) as file:
+            with closing(_open(self.root, path)) as file:
                 if file.rate != row.sample_rate:
                     raise BadFile(path, "rate_out_of_bounds", f"{file.rate} Hz, {row.sample_rate} when it was indexed")
                 total += file.read(start, frames)

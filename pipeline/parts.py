@@ -31,6 +31,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -40,18 +41,20 @@ from pipeline import runtime
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Task = Callable[[T, Path], Mapping[str, str] | None]
 DONE = "done.json"
 _LOG_SECONDS = 30.0
 _MAX_DEATHS = 3
 
 
-def run_parts(task: Callable[[T, Path], object], parts: Mapping[str, T], scratch: Path) -> dict[str, Path]:
+def run_parts(task: Task[T], parts: Mapping[str, T], scratch: Path) -> dict[str, Path]:
     """Call `task(item, directory)` for every part that is not finished; return each part's directory, in their order.
 
     `task` writes its files into `directory` and is a function at the top level of a module (or a functools.partial of
-    one): workers import it. Items travel to the workers pickled: names and offsets, not audio. A task's own exception
-    is raised here, with a note that names the part; parts that were finished by then stay finished. A part whose
-    worker process is killed is run again, three times at most.
+    one): workers import it. It may return {name: SHA-256} of files that it hashed while it wrote them. Items travel to
+    the workers pickled: names and offsets, not audio. A task's own exception is raised here, with a note that names the
+    part; parts that were finished by then stay finished. A part whose worker process is killed is run again, three
+    times at most.
     """
     for name in parts:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -89,15 +92,17 @@ def _sweep(scratch: Path) -> None:
             runtime.remove(leftover)
 
 
-def _hashes(directory: Path) -> dict[str, str]:
+def _hashes(directory: Path, told: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """SHA-256 of each file. One that is told is of what was to be written: should the disk have failed, it differs."""
     files = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(directory)): runtime.sha256_file(path) for path in files if path.name != DONE}
+    names = {str(path.relative_to(directory)): path for path in files if path.name != DONE}
+    return {name: told.get(name) or runtime.sha256_file(path) for name, path in names.items()}
 
 
 # ------------------------------------------------------------------------------------------- one part
 
 
-def _run_part(task: Callable[[T, Path], object], item: T, name: str, scratch: Path) -> None:
+def _run_part(task: Task[T], item: T, name: str, scratch: Path) -> None:
     final = scratch / name
     if is_finished(final):  # the worker that finished it died before it could say so
         return
@@ -105,8 +110,8 @@ def _run_part(task: Callable[[T, Path], object], item: T, name: str, scratch: Pa
     temporary.mkdir()
     try:
         with _one_thread():
-            task(item, temporary)
-        runtime.write_json(temporary / DONE, _hashes(temporary))
+            made = task(item, temporary)
+        runtime.write_json(temporary / DONE, _hashes(temporary, made or {}))
         runtime.sync_tree(temporary)
         try:
             os.rename(temporary, final)
@@ -182,7 +187,7 @@ def dask_setup(worker: Any) -> None:
 # ------------------------------------------------------------------------------------------- all parts
 
 
-def _run(task: Callable[[T, Path], object], todo: dict[str, T], scratch: Path, n_finished: int) -> None:
+def _run(task: Task[T], todo: dict[str, T], scratch: Path, n_finished: int) -> None:
     address = os.environ.get("DASK_SCHEDULER_ADDRESS", "")
     n_workers = _n_workers(n_finished + len(todo))
     progress = _Progress(len(todo), n_finished)

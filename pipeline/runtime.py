@@ -105,6 +105,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def let_go(descriptor: int) -> None:
+    """Have an open file written to disk from now on, and what is there already dropped from memory; does not wait."""
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def sync_tree(directory: Path) -> None:
     """Flush every file below a directory, and the directories, to disk."""
     for parent, _, files in os.walk(directory):

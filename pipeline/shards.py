@@ -27,7 +27,7 @@ import struct
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -37,13 +37,14 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32, Int16
 
-from pipeline.runtime import read_json, sha256_file, sync, write_json
+from pipeline.runtime import let_go, read_json, sha256_file, sync, write_json
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: webdataset ends the key at the first one, and would merge samples
 EXT = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 SHARD = re.compile(r"[A-Za-z0-9_-]+\.tar")
 INDEX = "shards.json"
 _BLOCK = 512
+_HELD = 4 << 20  # bytes; more of a shard is not left to pile up in memory, from where a corpus would drive all else
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,35 @@ def shard_number(key: str, n_shards: int) -> int:
 # --------------------------------------------------------------------------------------------------- write
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> list[Member]:
+def write_shard(
+    path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], update: Callable[[bytes], object] | None = None
+) -> list[Member]:
     """Write (key, {ext: content}) samples as a tar, atomically; return where each member's data lie.
 
-    The same samples give the same bytes. No samples: no file, and []. ValueError for a key or an extension that
-    webdataset would read differently, and for a repeated key. An error leaves neither a shard nor a temporary file.
+    `update`, of a hash, gets every byte that is written. The same samples give the same bytes. No samples: no file,
+    and []. ValueError for a key or an extension that webdataset would read differently, and for a repeated key. An
+    error leaves neither a shard nor a temporary file.
     """
     path = Path(path)
     if not SHARD.fullmatch(path.name):
         raise ValueError(f"{path.name!r} is not a shard's name: letters, digits, _ and -, then .tar")
     members: list[Member] = []
     seen: set[str] = set()
+    held = 0
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
+        with open(temporary, "wb") as file:
+
+            def write(content: bytes) -> None:
+                nonlocal held
+                file.write(content)
+                held += len(content)
+                if held > _HELD:
+                    let_go(file.fileno())
+                    held = 0
+                if update:
+                    update(content)
+
             # Headers are tarfile's, contents are written whole: its addfile copies them 16 kB at a time.
             for key, contents in samples:
                 if not KEY.fullmatch(key):
@@ -92,12 +108,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                         raise ValueError(f"{path}: {ext!r} is not an extension: lower case letters and digits")
                     header = tarfile.TarInfo(f"{key}.{ext}")  # mtime 0, no owner: the content decides every byte
                     header.size = len(content)
-                    file.write(header.tobuf(tarfile.PAX_FORMAT))
+                    write(header.tobuf(tarfile.PAX_FORMAT))
                     members.append(Member(key, ext, file.tell(), len(content)))
-                    file.write(content)
-                    file.write(bytes(-len(content) % _BLOCK))
+                    write(content)
+                    write(bytes(-len(content) % _BLOCK))
             end = file.tell() + 2 * _BLOCK  # two empty blocks, and whole records of twenty
-            file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
+            write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
             file.flush()
             os.fsync(file.fileno())
         if members:
@@ -407,10 +423,10 @@ class ClipReader:
 
 def encode_wav(pcm: Int16[np.ndarray, " time"], sample_rate: int) -> bytes:
     """16-bit mono WAV with the plain 44-byte header."""
-    data = np.ascontiguousarray(pcm, dtype="<i2").tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
-                         2 * sample_rate, 2, 16, b"data", len(data))  # fmt: skip
-    return header + data
+    data = np.ascontiguousarray(pcm, dtype="<i2").data
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + data.nbytes, b"WAVE", b"fmt ", 16, 1, 1, sample_rate,
+                         2 * sample_rate, 2, 16, b"data", data.nbytes)  # fmt: skip
+    return b"".join((header, data))
 
 
 def encode_flac(pcm: Int16[np.ndarray, " time"], sample_rate: int) -> bytes:

@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,6 @@ def fit(
     checkpoint = scratch / "checkpoint.pt"
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    columns = ["step", "loss", "gradient_norm", "learning_rate", *(["validation"] if validation else [])]
     step, rows = 0, list[dict[str, float]]()
     best: dict[str, Any] = {"step": 0, "loss": None, "model": None, "worse": 0}
     window: list[tuple[float, float]] = []  # (loss, gradient norm) of the steps since the last row
@@ -241,17 +240,23 @@ def fit(
         model.load_state_dict(best["model"])
         log.info("step %d has the lowest validation loss, %.4g, of %d steps", best["step"], best["loss"], step)
     model.eval()
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
-    write_atomic(curve, text.getvalue())
+    write_curve(curve, rows, validation=validation is not None)
     return Fitted(
         steps=step,
         best_step=step if best["loss"] is None else best["step"],
         best_validation=best["loss"],
         seconds_per_step=taken / (step - first) if step > first else None,
     )
+
+
+def write_curve(path: Path, rows: Sequence[Mapping[str, int | float]], *, validation: bool = False) -> None:
+    """The curve of a training as CSV; of one that took no step, `rows` is empty and the header is all there is."""
+    columns = ["step", "loss", "gradient_norm", "learning_rate", *(["validation"] if validation else [])]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    write_atomic(path, text.getvalue())
 
 
 def _let_learn(optimizer: torch.optim.Optimizer, step: int | float) -> None:

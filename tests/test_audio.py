@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import audio
-from pipeline.audio import BadClip, level_db, locate, resample, to_int16
+from pipeline.audio import BadClip, is_below, level_db, locate, resample, to_int16
 
 RATE = 44_100
 
@@ -88,6 +88,8 @@ def test_sixteen_bits_are_rounded_and_clipped():
     values = np.array([0, 1, -1, 0.5 / 32767, 1.6 / 32767, 2, -2], np.float32)
     np.testing.assert_array_equal(to_int16(values), [0, 32767, -32767, 0, 2, 32767, -32768])
     assert to_int16(values).dtype == np.dtype("<i2")
+    many = np.random.default_rng(0).uniform(-1.1, 1.1, audio._BLOCK_SAMPLES + 1001).astype(np.float32)
+    np.testing.assert_array_equal(to_int16(many), np.clip(np.rint(many * np.float32(32767)), -32768, 32767))
 
 
 def test_the_level_is_that_about_the_mean():
@@ -95,6 +97,22 @@ def test_the_level_is_that_about_the_mean():
     assert level_db(tone(440, RATE, 1, amplitude=1e-3) + np.float32(0.7)) == pytest.approx(-63.01, abs=0.1)
     assert level_db(np.full(RATE, 0.3, np.float32)) < -120
     assert level_db(np.zeros(10, np.float32)) == -math.inf
+
+
+@given(st.integers(1, 3000), st.floats(-90, -20), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_whether_a_level_is_below_does_not_depend_on_how_much_of_the_sound_was_looked_at(n, db, seed):
+    rng = np.random.default_rng(seed)
+    waveform = rng.uniform(-1, 1) + 10 ** rng.uniform(-5, 0) * rng.standard_normal(n) * (rng.random(n) < rng.random())
+    waveform = waveform.astype(np.float32)
+    assert is_below(waveform, db) == (level_db(waveform) < db)
+
+
+def test_a_level_at_the_bound_is_decided_by_the_whole_sound():
+    burst = np.zeros(16_000, np.float32)
+    burst[8_000:9_000] = tone(440, 16_000, 1)[:1000]  # the part that is looked at, which alone is 12 dB louder
+    level = level_db(burst)
+    assert [is_below(burst, level + more) for more in (0.0, 0.01, 6.0)] == [False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------ down-mix
@@ -117,6 +135,13 @@ def test_when_the_mean_cancels_the_left_channel_is_taken(tmp_path, subtype):
     segment = read_segment(path, 0, 2)
     assert segment.notes == ("antiphase",)
     np.testing.assert_allclose(segment.waveform, left, atol=1e-4)
+
+
+def test_a_channel_that_is_not_finite_is_no_antiphase(tmp_path):
+    left = tone(300, RATE, 2)
+    both = np.stack([left, -left], axis=1)
+    both[1001, 1] = np.nan
+    assert reason(write(tmp_path / "a.wav", both, subtype="FLOAT"), end=2) == "non_finite"
 
 
 def test_one_silent_channel_is_no_antiphase(tmp_path):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"runtime"},
     {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "weights"},
-    {"panns", "shards", "parts", "devices", "mixing", "losses", "metrics", "training", "datasets"},
+    {"panns", "shards", "parts", "stem_mp4", "devices", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},

@@ -138,12 +138,24 @@ def test_musdb18(tmp_path):
     assert found[3].mixture == "musdb18hq/test/Untitled/mixture.wav"
 
 
-def test_musdb18_compressed_is_refused_with_what_to_do(tmp_path):
-    put(tmp_path / "train" / "A - B.stem.mp4", "")
-    with pytest.raises(ValueError, match=r"A - B\.stem\.mp4: .*convert it to wav .*MUSDB18-HQ"):
-        tracks_of("musdb18", tmp_path)
-    with pytest.raises(FileNotFoundError, match="MUSDB18-HQ in there"):
-        tracks_of("musdb18", tmp_path / "train")
+def test_musdb18_compressed_gives_the_same_tracks_and_wav_comes_first(tmp_path):
+    names = ("train/Ann & Co - One", "train/Meaxic - Take A Step", "test/Ann & Co - Ünder", "test/Untitled")
+    for name in names:
+        tone(tmp_path / "hq" / name / "vocals.wav", 0.01)
+        put(tmp_path / "mp4" / f"{name}.stem.mp4", "")
+    wav, packed = (tracks_of("musdb18", tmp_path / root) for root in ("hq", "mp4"))
+    for one, other in zip(wav, packed, strict=True):
+        assert (one.track_id, one.artist, one.subset) == (other.track_id, other.artist, other.subset)
+        assert [stem.name for stem in one.stems] == [stem.name for stem in other.stems]
+    for name in names[:3]:
+        put(tmp_path / "hq" / f"{name}.stem.mp4", "")
+    put(tmp_path / "hq/test/New.stem.mp4", "")
+    counts: Counter[str] = Counter()
+    both = tracks_of("musdb18", tmp_path / "hq", counts=counts)
+    assert [track for track in both if track.track_id != "New"] == wav
+    assert counts == {"second_encodings": 3}
+    with pytest.raises(FileNotFoundError, match=r"MUSDB18-HQ in there, and no train/<track>\.stem\.mp4"):
+        tracks_of("musdb18", tmp_path / "hq" / "train")
 
 
 SLAKH = """

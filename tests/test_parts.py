@@ -1,5 +1,6 @@
 """Parallel parts: the same bytes whatever runs them and whatever is killed, errors that name the part, nothing left."""
 
+import hashlib
 import json
 import logging
 import os
@@ -185,6 +186,18 @@ def test_finished_parts_are_kept_and_a_flipped_byte_rebuilds_only_its_part(
 def test_a_part_without_files_is_a_part(tmp_path: Path) -> None:
     done = run_parts(lambda item, directory: None, {"a": 0}, tmp_path)
     assert os.listdir(done["a"]) == ["done.json"]
+
+
+def test_a_hash_that_the_task_returns_is_taken_for_its_file_alone(tmp_path: Path) -> None:
+    def task(item: int, directory: Path) -> dict[str, str]:
+        (directory / "a").write_text("a")
+        (directory / "b").write_text("b")
+        return {"a": "told", "not there": "told"}
+
+    done = run_parts(task, {"p": 0}, tmp_path)
+    listed = json.loads((done["p"] / "done.json").read_text())
+    assert listed == {"a": "told", "b": hashlib.sha256(b"b").hexdigest()}
+    assert not parts.is_finished(done["p"])  # what is on disk is not what was told: it is made again
 
 
 def test_an_error_names_its_part_and_keeps_the_finished_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.favor import PerformerEncoder
 from pipeline.mixit import index_file
 from pipeline.music import MomStream
 from pipeline.separators import build
-from pipeline.separators.performer import Pretrainer
+from pipeline.separators.performer import Pretrainer, Separator
 from pipeline.stages import pretrain_performer as pretrain_stage
 from pipeline.stages.pretrain_performer import PRETRAINED, SCRATCH, pretrain_performer
 from tests.tiny_mixit import PERFORMER, PRETRAIN, RATE, write_music
@@ -54,7 +54,7 @@ def test_pretraining_beats_an_untrained_network_and_separators_load_it(pretrain,
     out, summary = pretrain(epochs=6.0, validate_every_steps=12, **changes)
     assert summary["loss"] < 0.9 * summary["loss_untrained"]
     assert summary["steps"] == 48  # 6 x 8 s, in fours of 0.25 s
-    assert (summary["mask_ratio"], summary["sample_rate"]) == (0.3, RATE)
+    assert (summary["status"], summary["mask_ratio"], summary["sample_rate"]) == ("ok", 0.3, RATE)
     config = json.loads((out / PRETRAINED / "config.json").read_text())
     assert config == {"model": PERFORMER, **summary}
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(FILES)
@@ -147,6 +147,42 @@ def test_only_tracks_of_the_train_split_are_learned_from(pretrain, music, monkey
     split = dict(zip(table["track_id"], table["split"], strict=True))
     assert {split[track] for track in met[False]} == {"train"}
     assert {split[track] for track in met[True]} == {"validation"}
+
+
+def runs_out(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 21.00 GiB.")
+
+
+@pytest.mark.parametrize("where", ["statistics", "device", "validation", "training"])
+def test_running_out_of_memory_is_a_result(pretrain, monkeypatch, tmp_path, where):
+    calls, forward = itertools.count(), Pretrainer.forward
+    last = 0 if where == "validation" else 3  # two batches validate the untrained network
+
+    def trains(self, *arguments):
+        return runs_out() if next(calls) == last else forward(self, *arguments)
+
+    if where == "statistics":
+        monkeypatch.setattr(Separator, "learn_statistics", runs_out)
+    elif where == "device":
+        monkeypatch.setattr(torch.nn.Module, "to", runs_out)
+    else:
+        monkeypatch.setattr(Pretrainer, "forward", trains)
+    out, summary = pretrain()
+    assert summary == {"status": "out_of_memory", "steps": 0, "mask_ratio": 0.3, "sample_rate": RATE}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(FILES[1:])
+    assert json.loads((out / PRETRAINED / "config.json").read_text()) == {"model": PERFORMER, **summary}
+    assert out.with_suffix(".csv").read_text() == "step,loss,gradient_norm,learning_rate,validation\n"
+    assert not [path for path in (tmp_path / "data/scratch/pretrain_performer").iterdir() if path.is_dir()]
+
+
+def test_other_errors_stop_the_stage(pretrain, monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Pretrainer, "forward", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        pretrain()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_length_that_was_not_indexed_is_named(pretrain):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.io import wavfile
 
 from pipeline.reporting import charts, music
+from pipeline.reporting.gates import Bound, evaluate_gates
 from pipeline.reporting.inputs import read_timings
 from pipeline.reporting.tables import DASH, MINUS
 from pipeline.stages.report import MAX_PAGE_BYTES, Settings, report
@@ -417,6 +418,42 @@ def test_an_entry_without_curve_or_timing_is_reported(tmp_path):
     (places.timings / "train_mixit@tasnet_30.json").unlink()
     report(places, tmp_path / "reports", settings)
     assert 'id="mixit"' in (tmp_path / "reports" / "report.html").read_text()
+
+
+def test_a_pretraining_that_ran_out_of_memory_is_told_as_that(tmp_path):
+    ran_out = {**out_of_memory("pretrained_3"), "pretraining": "out_of_memory"}
+    places, settings = write_music(tmp_path, {**all_summaries(), "pretrained_3": ran_out})
+    header = "step,loss,gradient_norm,learning_rate,validation\n"
+    (places.summaries / "pretrain_performer.csv").write_text(header)
+    (places.summaries / "train_mixit_pretrained_3.csv").write_text(header)
+    (places.summaries / "pretrain_performer.json").write_text(
+        json.dumps({"status": "out_of_memory", "steps": 0, "mask_ratio": 0.3, "sample_rate": RATE})
+    )
+    report(places, tmp_path / "reports", settings)
+    text, shown = ((tmp_path / "reports" / name).read_text() for name in ("mixit.md", "report.html"))
+    assert row_of(text, "Table 3", "pretrained_3")[4:] == ["out of memory in pretraining", *[DASH] * 4]
+    assert f"- {music.PRETRAINING_RAN_OUT}\n" in text
+    assert "here, by what it fills in" not in text
+    assert shown.count(music.PRETRAINING_RAN_OUT) == 2  # below Table 3, and in place of the curve
+    assert "no training curve" in (tmp_path / "reports" / "mixit_pretraining.svg").read_text()
+    metrics = json.loads((tmp_path / "reports" / "metrics.json").read_text())
+    assert {k: v for k, v in metrics.items() if k.startswith("pretrain_performer")} == {
+        "pretrain_performer.out_of_memory": 1
+    }
+    assert metrics["mixit.pretrained_3.out_of_memory"] == 1
+    assert "mixit.pretrained_3.snr" not in metrics
+    bounds = {"pretrain_performer.loss": Bound(max=1.0), "mixit.pretrained_3.snr": Bound(min=0.0)}
+    assert [gate.why for gate in evaluate_gates(metrics, bounds)] == ["no such number in the metrics"] * 2
+
+
+def test_whether_an_entry_would_fit_is_not_told_by_its_pretraining(tmp_path):
+    timing = {"train_mixit@pretrained_3": {"seconds": 1.0, "peak_rss_bytes": 5e8}}
+    ran_out = {**out_of_memory("pretrained_3"), "pretraining": "out_of_memory"}
+    (tmp_path / "evaluate_mixit_pretrained_3.json").write_text(json.dumps(ran_out))
+    entries = music.read_entries(tmp_path, {"pretrained_3": ENTRIES["pretrained_3"]}, timing)
+    (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
+    assert [str(cell) for cell in row.cells[4:9]] == ["out of memory in pretraining", *[DASH] * 4]
+    assert music.memory_drawing(entries) == music.memory_drawing([])
 
 
 def test_a_mistake_in_the_section_is_not_taken_for_its_absence(tmp_path):

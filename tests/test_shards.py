@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import shards
+from pipeline.runtime import let_go
 from pipeline.shards import Member, ShardReader, read_shard, verify, write_index, write_shard
 
 SAMPLES = [
@@ -93,6 +94,20 @@ def test_shards_of_webdatasets_own_writer_are_read(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:  # with the wall clock as mtime
         tar.write({"__key__": "x" * 120, "wav": b"123"})
     assert list(read_shard(tmp_path / "a.tar")) == [("x" * 120, {"wav": b"123"})]
+
+
+def test_a_shard_can_be_hashed_while_it_is_written_and_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES)
+    calls = list[int]()
+    monkeypatch.setattr(shards, "let_go", lambda descriptor: calls.append(descriptor) or let_go(descriptor))
+    monkeypatch.setattr(shards, "_HELD", 600)
+    digest = hashlib.sha256()
+    write_shard(tmp_path / "b.tar", SAMPLES, digest.update)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert digest.hexdigest() == hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+    assert len(calls) > 3
 
 
 def test_the_same_samples_give_the_same_bytes_whatever_the_order_of_their_members(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import mixit
 from pipeline.moms import is_validation
 from pipeline.separators import build
+from pipeline.separators.performer import Separator
 from pipeline.stages import evaluate_mixit, pretrain_performer
 from pipeline.stages import train_mixit as train_stage
 from pipeline.stages.train_mixit import train_mixit
@@ -205,29 +206,37 @@ def test_running_out_of_memory_is_a_result(train, monkeypatch, music, tmp_path, 
     assert set(told) == {"training_peak_rss_bytes"}
     assert not list((tmp_path / "data" / "scratch").rglob("checkpoint.pt"))
 
+    evaluated = evaluate(out, music, tmp_path / "scores")
+    assert (evaluated["status"], evaluated["steps"], evaluated["architecture"]) == ("out_of_memory", 0, "conv_tasnet")
+    assert "pretraining" not in config.keys() | evaluated.keys()
+
+
+def evaluate(out, music, scores):
+    """What is said of an entry that ran out of memory: no numbers, and no files."""
     index, params = music
-    test = evaluate_mixit.Test("music", index, params, MIXIT, None)
     evaluated = evaluate_mixit.evaluate_mixit(
         "tiny",
         out,
-        tmp_path / "scores",
-        test=test,
+        scores,
+        test=evaluate_mixit.Test("music", index, params, MIXIT, None),
         params=evaluate_mixit.EvaluateMixitParams(
             n_moms=4, n_mixtures=4, max_stems=2, batch_size=2, pairs_per_part=4, bss=False, bss_filter_samples=16,
             n_examples=1, device="cpu",
         ),
     )  # fmt: skip
-    assert (evaluated["status"], evaluated["steps"], evaluated["architecture"]) == ("out_of_memory", 0, "conv_tasnet")
     assert "moms" not in evaluated
-    assert not [path for path in (tmp_path / "scores").rglob("*") if path.is_file()]
+    assert not [path for path in scores.rglob("*") if path.is_file()]
     json.dumps(evaluated, allow_nan=False)
+    return evaluated
 
 
-def test_running_out_of_memory_before_the_first_step_is_a_result(train, monkeypatch):
-    def runs_out(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+def runs_out(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(torch.nn.Module, "to", runs_out)
+
+@pytest.mark.parametrize(("owner", "name"), [(torch.nn.Module, "to"), (Separator, "learn_statistics")])
+def test_running_out_of_memory_before_the_first_step_is_a_result(train, monkeypatch, owner, name):
+    monkeypatch.setattr(owner, name, runs_out)
     out, config, rows, _ = train(entry())
     assert (config["status"], config["steps"], rows) == ("out_of_memory", 0, [])
     assert [path.name for path in out.iterdir()] == ["config.json"]
@@ -287,6 +296,29 @@ def test_a_pretrained_entry_begins_with_the_pretrained_encoder(train, pretrained
     assert torch.allclose(plain["head.weight"], weights["head.weight"])
     # What is not pretrained takes its statistics from the training data.
     assert plain["mean"].std() > 0
+
+
+def test_an_entry_whose_pretraining_ran_out_of_memory_has_that_as_its_result(
+    train, music, tmp_path, monkeypatch, caplog
+):
+    index, params = music
+    out = tmp_path / "performer"
+    with monkeypatch.context() as without:
+        without.setattr(Separator, "learn_statistics", runs_out)
+        pretrain_performer.pretrain_performer(
+            index, out, out.with_suffix(".csv"), music=params, params=PRETRAIN, model=PERFORMER
+        )
+    monkeypatch.setattr(mixit, "training_loss", None)  # nothing is trained
+    out, config, rows, _ = train(entry(pretrained=True), pretrained=out / pretrain_performer.PRETRAINED)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert json.loads((out / "config.json").read_text()) == config
+    assert (config["status"], config["steps"], config["pretraining"]) == ("out_of_memory", 0, "out_of_memory")
+    assert config["pretrained"]
+    assert rows == []
+    assert (tmp_path / "out.csv").read_text() == "step,loss,gradient_norm,learning_rate,validation\n"
+    assert "tiny: out of memory: in its pretraining" in caplog.text
+    evaluated = evaluate(out, music, tmp_path / "scores")
+    assert (evaluated["status"], evaluated["pretraining"]) == ("out_of_memory", "out_of_memory")
 
 
 def test_another_pretraining_is_another_run(train, pretrained, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.devices import choose_device
-from pipeline.training import Fitted, Validation, build_optimizer, fit, learning_rate_factor, prefetch
+from pipeline.training import Fitted, Validation, build_optimizer, fit, learning_rate_factor, prefetch, write_curve
 
 
 class Killed(Exception):
@@ -283,6 +283,14 @@ def test_the_curve_has_a_validation_column_only_where_something_validates(tmp_pa
     validated = Scripted(tmp_path, "validated")
     validated.fit(v_shaped(3), steps=5, log_every=2)
     assert validated.rows == [("2", ""), ("3", "0"), ("4", ""), ("5", "2")]
+
+
+@pytest.mark.parametrize("validates", [None, v_shaped(3)])
+def test_the_curve_of_no_step_is_the_header_of_any_other(tmp_path, validates):
+    run = Scripted(tmp_path)
+    run.fit(validates, steps=4)
+    write_curve(tmp_path / "empty.csv", [], validation=validates is not None)
+    assert (tmp_path / "empty.csv").read_text() == run.curve.read_text().splitlines(keepends=True)[0]
 
 
 def test_validation_does_not_count_as_time_of_the_steps(tmp_path):

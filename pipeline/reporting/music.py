@@ -72,6 +72,7 @@ class Entry:
     timing: dict[str, int | float] = field(default_factory=dict)
     tested_seconds: float | None = None  # where it was trained on several lengths: the one of its numbers
     several: str = ""  # what it was trained and tested on, where `seconds` is not one length
+    untried: bool = False  # memory gave out in the pretraining that it needs
 
     @property
     def segment(self) -> str:
@@ -117,8 +118,15 @@ class Entry:
 
     @property
     def untrainable(self) -> bool:
-        """Whether memory gave out in training, and not only in evaluation."""
-        return self.status == "out_of_memory" and not self.numbers.get("steps")
+        """Whether memory gave out in its own training, and not only in evaluation."""
+        return self.status == "out_of_memory" and not self.numbers.get("steps") and not self.untried
+
+    @property
+    def why(self) -> str:
+        """Why it has no scores."""
+        if self.status != "out_of_memory":
+            return "not evaluated"
+        return f"{OUT_OF_MEMORY} in pretraining" if self.untried else OUT_OF_MEMORY
 
     @property
     def flag(self) -> str:
@@ -189,6 +197,7 @@ def read_entries(
 
 def _entry(name: str, entry: Mapping[str, Any], summary: Mapping[str, Any], timing: dict[str, int | float]) -> Entry:
     said = {**entry, **summary}  # what was evaluated speaks for itself
+    untried = summary.get("pretraining") == "out_of_memory"
     trained = said.get("trained_seconds") or said.get("segment_seconds")
     lengths = trained if isinstance(trained, list) else [] if trained is None else [trained]
     several = ""
@@ -210,9 +219,10 @@ def _entry(name: str, entry: Mapping[str, Any], summary: Mapping[str, Any], timi
         summary.get("status"),
         _numbers(summary),
         list(summary.get("examples") or []),
-        timing,
+        {} if untried else timing,  # which is of no training
         float(summary["segment_seconds"]) if several and summary else None,
         several,
+        untried,
     )
 
 
@@ -234,9 +244,14 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def read_pretraining(summaries: Path) -> dict[str, int | float]:
-    """The scalars that stage pretrain_performer left, finite ones; empty where it was not run."""
+    """The scalars that stage pretrain_performer left, finite ones; empty where it was not run.
+
+    Where memory gave out in it, that is the one number.
+    """
     path = summaries / "pretrain_performer.json"
     found = read_json(path) if path.is_file() else {}
+    if found.get("status") == "out_of_memory":
+        return {"out_of_memory": 1}
     numbers = {key: found.get(key) for key in ("loss", "loss_untrained", "validation_loss")}
     return {key: value for key, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
 
@@ -383,7 +398,8 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
     def cells(entry: Entry) -> list[Cell]:
         taken = entry.timing
-        minutes = OUT_OF_MEMORY if entry.untrainable else _fixed(taken.get("minutes_per_epoch"), 1)
+        failed = entry.untrainable or entry.untried
+        minutes = entry.why if failed else _fixed(taken.get("minutes_per_epoch"), 1)
         return _said(
             entry.name,
             entry.architecture,
@@ -441,7 +457,9 @@ def _table_3(entries: Sequence[Entry], pretraining: Mapping[str, int | float]) -
         "The source report trains 30 s only with pretraining and calls that a gain in memory. Initial weights do not "
         "change memory: another architecture or batch must have. Its figures with pretraining are not known here."
     ]
-    if pretraining:
+    if "out_of_memory" in pretraining:
+        notes.append(PRETRAINING_RAN_OUT)
+    elif pretraining:
         names = {"loss": "loss", "loss_untrained": "untrained", "validation_loss": "validation"}
         said = ", ".join(f"{names[key]} {value:.4g}" for key, value in pretraining.items())
         notes.append(f"Pretraining of the Performer here, by what it fills in: {said}.")
@@ -565,8 +583,7 @@ def _measured(entry: Entry, *keys: str) -> list[Cell]:
     """The numbers, or why there are none."""
     if entry.status == "ok":
         return [_cell(entry, key) for key in keys]
-    reason = OUT_OF_MEMORY if entry.status == "out_of_memory" else "not evaluated"
-    return _said(reason, *[DASH] * (len(keys) - 1))
+    return _said(entry.why, *[DASH] * (len(keys) - 1))
 
 
 def _count(entry: Entry, key: str) -> Cell:
@@ -596,6 +613,10 @@ INTRODUCTION = (
     "SI-SNR are of such test mixtures: the outputs are sorted into the two mixtures in the way that fits best. dB, "
     "means over the mixtures; in brackets the 95 % interval. The last column holds what is known here of "
     '"Music Separation Using Self-Supervised Learning", beside entries of music alone.'
+)
+PRETRAINING_RAN_OUT = (
+    "Pretraining of the Performer here: out of memory. The entries that need it were not trained; whether they would "
+    "have fitted is not known. To try again: dvc repro -s --force pretrain_performer, then dvc repro."
 )
 GENERATED = "The music is generated by rule: the numbers are not comparable with any on recordings."
 

@@ -268,6 +268,7 @@ def evaluate_mixit(
     summary = {"status": config["status"], "segment_seconds": longest, "steps": config["steps"]}
     summary["trained_seconds"] = config["segment_seconds"]
     summary |= {key: config[key] for key in (*TOLD, "n_parameters")}
+    summary |= {key: config[key] for key in ("pretraining",) if key in config}  # only where memory gave out in it
     inputs = [separator_dir / "config.json"]
     if config["status"] == "ok":
         inputs.append(separator_dir / "weights.safetensors")

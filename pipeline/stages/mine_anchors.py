@@ -171,8 +171,8 @@ def _energy(pcm: Int16[np.ndarray, " time"]) -> float:
     return int(np.square(pcm.astype(np.int64)).sum()) / (len(pcm) * FULL_SCALE**2)
 
 
-def mine_part(part: Part, directory: Path, *, setup: Setup) -> None:
-    """Mine one shard of clips into a shard of anchors, and a list of what is in it and of what is not.
+def mine_part(part: Part, directory: Path, *, setup: Setup) -> dict[str, str]:
+    """Mine one shard of clips into a shard of anchors, whose SHA-256 is returned, and a list of what is in it and not.
 
     The networks see the clips in their order, `batch_size` at a time and at one length, so that not a bit depends on
     where or beside what the part is run.
@@ -196,8 +196,9 @@ def mine_part(part: Part, directory: Path, *, setup: Setup) -> None:
                     yield key, content
 
     reader = ShardReader(setup.clips)
+    digest = sha256()
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        members = shards.write_shard(directory / part.shard, samples())
+        members = shards.write_shard(directory / part.shard, samples(), digest.update)
     for member in members:
         kind = {"wav": "wav", "npy": "query"}.get(member.ext)
         if kind:
@@ -205,6 +206,7 @@ def mine_part(part: Part, directory: Path, *, setup: Setup) -> None:
     listed = [[reason, mid, count] for (reason, mid), count in sorted(dropped.items())]
     found = {"rows": list(rows.values()), "dropped": listed, "query_dim": networks.encoder.query_dim}
     write_json(directory / "anchors.json", found)
+    return {part.shard: digest.hexdigest()}
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

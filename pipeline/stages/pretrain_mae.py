@@ -37,6 +37,7 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.shards import ClipReader
+from pipeline.training import write_curve
 from pipeline.upstreams.mae import MAX_FRAMES, MaskedAutoencoder, Upstream, encoder_sizes, encoder_state, read_published
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def pretrain_mae(
         params = params.model_copy(update={"frames": MAX_FRAMES})  # nothing is trained; its decoder's windows need them
         model = untrained(sizes, params)
         model.load_state_dict(published)
-        write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
+        write_curve(curve, [])
     before = as_upstream(sizes, untrained(sizes, params).state_dict())
     model.to(device)
     finished = scratch / "finished"

@@ -4,7 +4,8 @@ Masked autoencoding (the report, section 3.3) on single mixtures, without labels
 separators train on: the report's "entire corpus" would show them the test tracks.
 
 The weights are in a folder of their own, PRETRAINED. Beside it lies another, SCRATCH, whose content never changes: what
-an entry depends on that does without them.
+an entry depends on that does without them. Memory giving out is a result, as in train_mixit: then there are no weights,
+and config.json says so.
 """
 
 import argparse
@@ -24,10 +25,19 @@ from pipeline.config import load_params
 from pipeline.devices import choose_device, use_available_cores
 from pipeline.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
 from pipeline.music import MusicParams, index_file
-from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import (
+    fingerprint,
+    keep_freed_memory,
+    publish,
+    remove,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
 from pipeline.separators import build, model_params
 from pipeline.separators.performer import Pretrainer
-from pipeline.training import Validation, fit
+from pipeline.training import Validation, fit, write_curve
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +73,40 @@ def pretrain_performer(
         "pretrain_performer",
         fingerprint(json.dumps(model, sort_keys=True), music, params, index_file(index, seconds)),
     )
+    summary: dict[str, Any] = {"status": "ok", "mask_ratio": params.mask_ratio, "sample_rate": train.sample_rate}
+    finished = scratch / "finished"
+    remove(finished)  # by a run that was killed
+    for folder in (PRETRAINED, SCRATCH):
+        (finished / folder).mkdir(parents=True, exist_ok=True)
+    try:
+        learned, state = _learn(train, held_out, scratch, curve, params=params, model=model, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not mixit.is_out_of_memory(error):
+            raise
+        log.error("out of memory (%s); `dvc repro -s --force pretrain_performer`, then `dvc repro`, tries again", error)
+        summary |= {"status": "out_of_memory", "steps": 0}
+        write_curve(curve, [], validation=True)
+    else:
+        summary |= learned
+        write_atomic(finished / PRETRAINED / "weights.safetensors", save(state))
+    write_json(finished / PRETRAINED / "config.json", {"model": model, **summary})
+    write_atomic(finished / SCRATCH / "README.md", "Nothing: entries that are not pretrained depend on this.\n")
+    publish(finished, out)
+    shutil.rmtree(scratch)
+    return summary
+
+
+def _learn(
+    train: Streams,
+    held_out: Streams,
+    scratch: Path,
+    curve: Path,
+    *,
+    params: PretrainPerformerParams,
+    model: dict[str, Any],
+    device: torch.device,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """How the training went, for the summary, and the weights that it hands over."""
     torch.manual_seed(params.seed)
     separator: Any = build("performer", sample_rate=train.sample_rate, **model)
     separator.learn_statistics(_single(train, n) for n in range(STATISTICS_BATCHES))
@@ -121,24 +165,13 @@ def pretrain_performer(
         validation=Validation(validation_loss, params.validate_every_steps, params.patience),
         before_step=redraw,
     )
-    summary: dict[str, Any] = {
+    learned = {
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "loss": round(fitted.best_validation or 0.0, 6),
         "loss_untrained": round(untrained, 6),
-        "mask_ratio": params.mask_ratio,
-        "sample_rate": train.sample_rate,
     }
-    finished = scratch / "finished"
-    for folder in (PRETRAINED, SCRATCH):
-        (finished / folder).mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in pretrainer.encoder_state().items()}
-    write_atomic(finished / PRETRAINED / "weights.safetensors", save(state))
-    write_json(finished / PRETRAINED / "config.json", {"model": model, **summary})
-    write_atomic(finished / SCRATCH / "README.md", "Nothing: entries that are not pretrained depend on this.\n")
-    publish(finished, out)
-    shutil.rmtree(scratch)
-    return summary
+    return learned, {name: tensor.cpu().contiguous() for name, tensor in pretrainer.encoder_state().items()}
 
 
 def _single(streams: Streams, n: int) -> Tensor:

@@ -451,7 +451,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         ),
         "licences": page.licences(settings.data.source, _published(settings)),
         "best_assignment": bound,
-        **_music_context(unsupervised, music_curves, music_tables, drawings, settings.music),
+        **_music_context(unsupervised, music_curves, music_tables, pretraining_music, drawings, settings.music),
         **_class_context(summary.per_class, splits),
         **_stage_context(places, models, unsupervised, timings),
     }
@@ -486,6 +486,7 @@ def _music_context(
     entries: Sequence[music.Entry],
     curves: Mapping[str, Any],
     shown: Sequence[music.Table],
+    pretraining: Mapping[str, int | float],
     drawings: Mapping[str, str],
     source: str | None,
 ) -> dict[str, Any]:
@@ -509,6 +510,7 @@ def _music_context(
             "tables": [shown[0], music.cost_table(entries), *shown[1:]],
             "svg": svgs,
             "pretrained": any(entry.pretrained for entry in entries),
+            "pretraining_ran_out": music.PRETRAINING_RAN_OUT if "out_of_memory" in pretraining else "",
             "licence": page.music_licence(source) if of_music and source else "",
             "withheld": of_music and source in music.WITHHELD,
             "excerpt_seconds": music.EXCERPT_SECONDS,

@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from pipeline.audio import BadClip, Reason, level_db, locate, read_segment, resample, to_int16
+from pipeline.audio import BadClip, Reason, is_below, level_db, locate, read_segment, resample, to_int16
 from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
 from pipeline.runtime import fingerprint, link_or_copy, outside, publish, remove, running, scratch_dir, write_json
@@ -77,9 +77,8 @@ def make_clip(row: Row, root: Path, split: str, audio: AudioParams, params: Resa
     waveform = resample(segment.waveform, segment.sample_rate, audio.sample_rate)
     waveform = waveform[: round(audio.clip_seconds * audio.sample_rate)]
     # Before: a constant rings where resampling cuts it off. After: a tone above the new Nyquist frequency is gone.
-    level = min(level_db(segment.waveform), level_db(waveform))
-    if level < params.silence_db:
-        raise BadClip("silent", f"{level:.0f} dB")
+    if is_below(segment.waveform, params.silence_db) or is_below(waveform, params.silence_db):
+        raise BadClip("silent", f"{min(level_db(segment.waveform), level_db(waveform)):.0f} dB")
     notes = [*segment.notes]
     if waveform.max() > 1 or waveform.min() < -1:
         notes.append("clipped")
@@ -111,8 +110,10 @@ def shard_name(number: int) -> str:
 
 def resample_part(
     listed: Path, directory: Path, *, root: Path, split: str, audio: AudioParams, params: ResampleParams
-) -> None:
+) -> dict[str, str]:
     """Write the shard of the clips listed in a file, and rows.csv: the manifest's rows with the path in front.
+
+    Returns the shard's SHA-256, so that run_parts need not read it again.
 
     A shard in which nothing is left has no file. An empty file `again` says that something could not be read now.
     """
@@ -140,13 +141,15 @@ def resample_part(
             rows[clip_id] = {"path": row["path"]} | described
             yield clip_id, {params.format: content, "json": about}
 
-    for member in write_shard(directory / name, samples()):
+    digest = sha256()
+    for member in write_shard(directory / name, samples(), digest.update):
         if member.ext == params.format:
             rows[member.key] |= {"shard": name, "offset": str(member.offset), "size": str(member.size)}
     with open(directory / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("path", *MANIFEST), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
+    return {name: digest.hexdigest()}
 
 
 def check_root(root: Path) -> None:
@@ -328,7 +331,7 @@ def gather_shards(parts: dict[str, Path], directory: Path, n_shards: int) -> dic
         part = parts.get(f"{number:05d}")
         if part is None or not (part / name).exists():
             continue
-        # run_parts has compared the file with this digest, or has just made both.
+        # run_parts has compared the file with this digest, or the file was just written from what it is the digest of.
         digest = json.loads((part / "done.json").read_bytes())[name]
         link_or_copy(part / name, directory / name)
         count = sum(row["status"] == "ok" for row in read_rows(part / "rows.csv"))

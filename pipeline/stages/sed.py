@@ -31,9 +31,9 @@ from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
-from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_json
 from pipeline.shards import ClipReader
-from pipeline.training import build_optimizer, fit, learning_rate_factor
+from pipeline.training import build_optimizer, fit, learning_rate_factor, write_curve
 from pipeline.weights import read_tensors
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def sed(
         clips = ClipReader(train, audio.sample_rate)
         small = train_small(clips, params, clip_samples=clip_samples, scratch=scratch, curve=curve)
     else:
-        write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
+        write_curve(curve, [])
     networks: dict[str, nn.Module] = {}
     for part, weights, sha256, published in (
         ("detector", params.weights, params.weights_sha256, panns.PannsDetector),

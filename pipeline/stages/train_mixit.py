@@ -2,8 +2,8 @@
 
 The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest such loss on
 fixed held-out mixtures are kept, whatever auxiliary losses there are. Batch n is a pure function of (seed, n): a killed
-run goes on from its checkpoint to the weights it would have had. Memory giving out is a result, which is written; the
-graph goes on.
+run goes on from its checkpoint to the weights it would have had. Memory giving out is a result, which is written, also
+where it gave out in the pretraining that an entry needs; the graph goes on.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from pipeline.config import load_params
 from pipeline.devices import choose_device, use_available_cores
 from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 from pipeline.music import MomBatch, MusicParams
-from pipeline.runtime import fingerprint, publish, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
 from pipeline.separators import build
-from pipeline.training import Validation, fit
+from pipeline.training import Fitted, Validation, fit, write_curve
 from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,16 @@ def train_mixit(
     if entry.params.pretrained:
         if weights is None or not hasattr(separator, "load_pretrained"):
             raise ValueError(f"{entry.name} is to be pretrained, but nothing pretrains {entry.params.architecture}")
-        rate = mixit.read_config(weights.parent)["sample_rate"]
-        if rate != train.sample_rate:
-            raise ValueError(f"{entry.name} trains at {train.sample_rate} Hz, and was pretrained at {rate} Hz")
-        separator.load_pretrained(read_safetensors(weights))
-    elif hasattr(separator, "learn_statistics"):
-        heard = (torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES))
-        separator.learn_statistics(heard)
+        given = mixit.read_config(weights.parent)
+        if given["sample_rate"] != train.sample_rate:
+            raise ValueError(
+                f"{entry.name} trains at {train.sample_rate} Hz, and was pretrained at {given['sample_rate']} Hz"
+            )
+        if given.get("status") == "out_of_memory":
+            weights = None
+        else:
+            separator.load_pretrained(read_safetensors(weights))
+    untried = entry.params.pretrained and weights is None
     identity = json.dumps([entry.name, entry.params.model_dump(), entry.model, str(device)], sort_keys=True)
     inputs = [source / "index.parquet", source / "index.json"] if music is None else sorted(source.glob("*.parquet"))
     scratch = scratch_dir(
@@ -129,11 +132,15 @@ def train_mixit(
         "n_sources": separator.n_sources,
         "n_parameters": sum(p.numel() for p in separator.parameters()),
     }
-    finished = scratch / "finished"
-    finished.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def learn() -> Fitted:
+        if not entry.params.pretrained and hasattr(separator, "learn_statistics"):
+            heard = (
+                torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES)
+            )
+            separator.learn_statistics(heard)
         separator.to(device)
-        fitted = fit(
+        return fit(
             separator,
             mixit.build_optimizer(separator, params.learning_rate, params.weight_decay),
             lambda n: train.load(n, params.seed),
@@ -155,12 +162,28 @@ def train_mixit(
             validation=Validation(validation_loss, params.validate_every_steps, params.patience),
             before_step=redraw,
         )
-    except (RuntimeError, MemoryError) as error:
-        if not mixit.is_out_of_memory(error):
-            raise
-        log.error("%s: out of memory: %s", entry.name, error)
+
+    finished = scratch / "finished"
+    remove(finished)  # by a run that was killed
+    finished.mkdir(parents=True)
+    fitted, why = None, "in its pretraining"
+    if untried:  # from scratch it would be another entry
+        config["pretraining"] = "out_of_memory"
+    else:
+        try:
+            fitted = learn()
+        except (RuntimeError, MemoryError) as error:
+            if not mixit.is_out_of_memory(error):
+                raise
+            why = str(error)
+        told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        if device.type == "cuda":
+            told["cuda_allocated_bytes"] = float(torch.cuda.max_memory_allocated(device))
+            told["cuda_reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
+    if fitted is None:
+        log.error("%s: out of memory: %s", entry.name, why)
         config |= {"status": "out_of_memory", "steps": 0}
-        write_atomic(curve, "step,loss,gradient_norm,learning_rate,validation\n")
+        write_curve(curve, [], validation=True)
     else:
         config |= {"status": "ok", "steps": fitted.steps, "best_step": fitted.best_step}
         state = {name: tensor.cpu().contiguous() for name, tensor in separator.state_dict().items()}
@@ -169,10 +192,6 @@ def train_mixit(
             heard_per_step = 2 * params.batch_size * sum(train.seconds) / len(train.seconds)
             told["seconds_per_audio_hour"] = fitted.seconds_per_step / heard_per_step * 3600
             told["minutes_per_epoch"] = fitted.seconds_per_step * train.steps(1.0, params.batch_size) / 60
-    told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    if device.type == "cuda":
-        told["cuda_allocated_bytes"] = float(torch.cuda.max_memory_allocated(device))
-        told["cuda_reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
     write_json(finished / "config.json", config)
     publish(finished, out)
     shutil.rmtree(scratch)  # `dvc repro --force` must train again

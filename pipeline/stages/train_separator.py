@@ -48,7 +48,7 @@ from pipeline.runtime import (
 )
 from pipeline.sampling import PairStream
 from pipeline.separators import build, model_params, read_published, separate_part
-from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor
+from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def train_separator(
         published, sizes = read_published(plan.architecture, plan.weights, sha256=plan.weights_sha256)
         _check_sizes(name, sizes, plan, query_dim)
         model.load_state_dict(published)
-        write_atomic(curve, "step,loss,gradient_norm,learning_rate\n")
+        write_curve(curve, [])
     config = {
         "architecture": plan.architecture,
         "model": {**plan.model, "query_dim": query_dim},

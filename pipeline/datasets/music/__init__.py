@@ -33,6 +33,9 @@ NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 # What libsndfile decodes. Of two files of one stem the first in this order is taken.
 AUDIO_SUFFIXES = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
 
+# Native Instruments' Stems: a mixture and its parts as audio streams of one file.
+STEM_MP4 = ".stem.mp4"
+
 Subset = Literal["train", "validation", "test"]
 SUBSETS: tuple[Subset, ...] = get_args(Subset)
 
@@ -48,7 +51,8 @@ class Stem:
     """[A-Za-z0-9_-]+, unique in its track."""
 
     paths: tuple[str, ...]
-    """Relative to the root, with /; the stem is the sum of these files, of any lengths."""
+    """Relative to the root, with /; the stem is the sum of these files, of any lengths. `x.stem.mp4#2` is the third
+    audio stream of x.stem.mp4: stream_path and split_stream."""
 
     has_bleed: bool = False
     """Other instruments of the session are heard in it, so that it is no clean reference."""
@@ -71,7 +75,7 @@ class Track:
     """Empty for a plain recording."""
 
     mixture: str | None
-    """Path of a ready mixture, relative to the root; None: it is the sum of the stems."""
+    """Path of a ready mixture, as those of a stem; None: it is the sum of the stems."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.track_id):
@@ -185,6 +189,22 @@ def audio_files(names: Iterable[str], counts: Counter[str]) -> dict[str, str]:
 
 def _is_audio(suffix: str) -> bool:
     return suffix.lower() in AUDIO_SUFFIXES
+
+
+def stream_path(file: str, stream: int) -> str:
+    """How a path says which audio stream of a .stem.mp4 it means: the number, from 0, behind the file and a #."""
+    return f"{file}#{stream}"
+
+
+def split_stream(path: str) -> tuple[str, int | None]:
+    """The file of a path and the number of its audio stream; None for a file that is one sound.
+
+    Only what follows .stem.mp4 at the end is a number: names may hold a # of their own.
+    """
+    file, mark, number = path.rpartition("#")
+    if mark and file.endswith(STEM_MP4) and number.isascii() and number.isdigit():
+        return file, int(number)
+    return path, None
 
 
 def slug(name: str) -> str:
