@@ -1,10 +1,15 @@
 """The filter bank is Kaldi's: to the bit against torchaudio's on this machine, and to the stored original."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torchaudio.compliance import kaldi
 
 from pipeline import fbank as ours
+from pipeline.audio import resample
 from tests.golden.fill import arrays
 
 
@@ -38,6 +43,25 @@ def test_a_batch_equals_kaldi_clip_by_clip():
     found = ours.fbank(batch)
     for one, features in zip(batch, found, strict=True):
         torch.testing.assert_close(features, reference(one[None]), rtol=0, atol=1e-5)
+
+
+ESC10 = Path(__file__).parents[1] / "data" / "esc10" / "audio"
+
+
+@pytest.mark.skipif(not ESC10.is_dir(), reason="no data/esc10: README.md says what belongs there")
+def test_a_hundred_recordings_of_esc10_equal_kaldi():
+    paths = sorted(ESC10.glob("*.ogg"))
+    chosen = [paths[k] for k in np.random.default_rng(0).permutation(len(paths))[:100]]
+    assert len(chosen) == 100
+    batch = torch.zeros(100, 80_000)
+    for row, path in zip(batch, chosen, strict=True):
+        waveform, rate = soundfile.read(path, dtype="float32")
+        heard = torch.from_numpy(resample(waveform, rate, 16_000))[:80_000]
+        row[: len(heard)] = heard
+    batch = torch.stack([_centred(row[None])[0] for row in batch])
+    features = ours.fbank(batch)
+    for found, waveform in zip(features, batch, strict=True):
+        torch.testing.assert_close(found, reference(waveform[None]), rtol=0, atol=1e-5)
 
 
 def test_the_stored_original():

@@ -360,6 +360,10 @@ def _table_1(entries: Sequence[Entry]) -> Table:
         notes.append(
             f"The models differ in size ({said} parameters): what sets them apart is not the architecture alone."
         )
+    steps = {e.name: int(e.numbers["steps"]) for e in entries if e.numbers.get("steps")}
+    if len(set(steps.values())) > 1:
+        said = ", ".join(f"{name} {n:,}" for name, n in steps.items())
+        notes.append(f"They differ in training, too: {said} steps.")
     columns = ["Entry", "Architecture", "Data", "Segment", "Trained with", "Parameters", "MoM SNR", "MoM SI-SNR"]
     return Table(
         "Table 1: Conv-TasNet and Performer by segment length",
