@@ -3,7 +3,8 @@
 Both sides read the same files in one process on one core, in turns: 10 s of stereo at 44.1 and 48 kHz as wav, flac and
 ogg. One side is a part of the stage as a worker runs it: checks, down-mix, soxr, 16 bits, encoding, SHA-256, shard,
 rows, sidecar, all synced to disk. The other reads each file with soundfile and resamples its left channel: no
-down-mix, no checks, nothing written.
+down-mix, no checks, nothing written. A ratio is the median over rounds of that of one round, whose sides are seconds
+apart: a machine that others use is not as fast in one minute as in the next.
 
     python -m benchmarks.resample
 """
@@ -26,7 +27,7 @@ from pipeline.parts import run_parts
 from pipeline.runtime import remove
 from pipeline.stages.resample import LISTED, AudioParams, ResampleParams, resample_part
 
-ROUNDS = 5
+ROUNDS = 7
 FILES_PER_KIND = 25  # 150 clips in the part: about what a shard of AudioSet holds
 KINDS = [(suffix, rate) for suffix in ("wav", "flac", "ogg") for rate in (44_100, 48_000)]
 
@@ -80,6 +81,11 @@ def seconds(function: Callable[[], None]) -> np.ndarray:
     return np.array([time.perf_counter() - start[0], time.process_time() - start[1]])
 
 
+def ratio(taken: dict[tuple[str, str], list[np.ndarray]], group: str, form: str) -> np.ndarray:
+    """Speed of the stage, of that of decoding and soxr alone: by wall and by CPU time."""
+    return np.median(np.stack(taken[group, "alone"]) / np.stack(taken[group, form]), axis=0)
+
+
 def main() -> None:
     os.environ["USS_WORKERS"] = "0"
     audio, params = load_params("audio", AudioParams), load_params("resample", ResampleParams)
@@ -107,9 +113,9 @@ def main() -> None:
     for group in groups:
         alone, flac, wav = (median[group, what] for what in ("alone", "flac", "wav"))
         ms = "".join(f"{1e3 * each[0]:8.2f}" for each in (alone, flac, wav))
-        ratios = "".join(f"{ratio[0]:8.2f} ({ratio[1]:.2f})" for ratio in (alone / flac, alone / wav))
+        ratios = "".join("{:8.2f} ({:.2f})".format(*ratio(taken, group, form)) for form in ("flac", "wav"))
         print(f"{group:10s}{ms}    {ratios}")
-    wall, cpu = median["all", "alone"] / median["all", params.format]
+    wall, cpu = ratio(taken, "all", params.format)
     print(
         f"resample to {params.format}: {wall:.2f} of the speed of decode + soxr alone (CPU time: {cpu:.2f}); bar 0.80"
     )
