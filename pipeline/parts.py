@@ -31,7 +31,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -80,7 +79,7 @@ def is_finished(directory: Path) -> bool:
     """Whether a part's files are exactly those that its sidecar lists, byte for byte."""
     try:
         listed = json.loads((directory / DONE).read_bytes())
-        return listed == _hashes(directory)
+        return listed == _hashes(directory, {})
     except (OSError, ValueError):
         return False
 
@@ -92,7 +91,7 @@ def _sweep(scratch: Path) -> None:
             runtime.remove(leftover)
 
 
-def _hashes(directory: Path, told: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def _hashes(directory: Path, told: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 of each file. One that is told is of what was to be written: should the disk have failed, it differs."""
     files = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {str(path.relative_to(directory)): path for path in files if path.name != DONE}

@@ -441,7 +441,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     says = "agree within noise" if found["within_noise"] else "**differ** by more than noise"
     opposite = not found["within_noise"]
     others = [name for key, name in STATISTICS.items() if row[key].get("within_noise") is opposite]
-    but = f" It is the other way round by {', '.join(others)}." if others else ""
+    but = f" By {' and by '.join(others)} they {'differ' if found['within_noise'] else 'agree'}." if others else ""
     return (
         f"{a} and {b} {says} by {STATISTICS[HEADLINE]}: {db(found['mean'], signed=True)} "
         f"[{db(found['ci_lo'], signed=True)}, {db(found['ci_hi'], signed=True)}] dB over {row['interval_covers']}, "
