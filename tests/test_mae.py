@@ -85,7 +85,9 @@ def test_the_base_encoder_and_its_pooling():
     upstream = Upstream(mae_input="pad1024", dim=768, depth=12, heads=12)
     filled(upstream.encoder)
     with torch.inference_mode():
-        hidden = [h[:, 1:] for h in upstream.encoder.hidden(features)]
+        blocks = upstream.encoder.hidden(features)
+        assert_close(torch.cat(blocks)[:, [1, 512]], golden["fan_blocks"])
+        hidden = [h[:, 1:] for h in blocks]
         last = combine(upstream, hidden, "last")
         assert_close(last[:, 15::16], golden["fan_enc_nomask"][:, 1:])
         assert_close(upstream.to_steps(last), golden["fan_pool32"])
