@@ -49,6 +49,12 @@ COLUMNS = {
     "n_classes": "classes",
 }
 
+ONE_TRAINING = (
+    "One training of each model: the intervals are over clips. Another seed moves a difference by more, and so does "
+    "the same seed on another kind of processor, whose sums differ in their last bits. python -m pipeline.seeds gives "
+    "intervals over trainings."
+)
+
 # Zhao et al., arXiv:2407.11745, Table I: AudioSet, average query. It gives no oracle, no interval, and not which
 # aggregate; Kong et al.'s, whose evaluation it takes over, is the class median.
 PAPER = (
@@ -146,7 +152,7 @@ def table1_markdown(
         + [[f"paper: {row.system}", row.query, *(cell(row, column) for column in COLUMNS)] for row in PAPER],
     )
     if differences:
-        lines += ["", "## Differences, paired by pair", ""]
+        lines += ["", "## Differences, paired by pair", "", ONE_TRAINING, ""]
         key = "sdri_class_median_mean"
         lines += markdown_table(
             ["", "query", "Δ SDRi", "Δ SDRi, mean of means", "Wilcoxon p over classes", "classes better / worse"],

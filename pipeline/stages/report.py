@@ -426,6 +426,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "differences": differences,
         "comparisons": compared,
         "columns": tables.COLUMNS,
+        "one_training": tables.ONE_TRAINING,
         "gates": evaluate_gates(metrics, settings.bounds),
         "notes": notes,
         "n_resamples": settings.report.bootstrap_resamples,
