@@ -20,7 +20,11 @@ class NoMKL(RuntimeError):
 
 
 def take_intel_path() -> None:
-    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+    """Rewrite MKL's question, in place. NoMKL where there is none to rewrite."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+    except OSError as error:
+        raise NoMKL(str(error)) from None
     libc = ctypes.CDLL(None, use_errno=True)
     for name in ("mkl_serv_intel_cpu_true", "mkl_serv_intel_cpu"):
         try:
