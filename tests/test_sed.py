@@ -115,6 +115,7 @@ def test_a_mixed_item_carries_both_labels_and_both_powers(splits, tmp_path):
     assert not torch.equal(plain, other)
 
 
+@pytest.mark.slow
 def test_published_weights_are_taken_as_they_are(splits, tmp_path):
     """A file of the form of PANNs': the state under `model`, beside other things, in torch's old format."""
     from pipeline.panns import panns_models

@@ -154,6 +154,7 @@ def tones_and_queries():
     return tones.sum(dim=0).expand(2, -1), torch.eye(QUERY_DIM)[:2], tones
 
 
+@pytest.mark.slow
 @each_separator
 def test_one_batch_is_learned_by_heart(name):
     separator = tiny(name)
