@@ -28,7 +28,8 @@ import sys
 import time
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -281,13 +282,21 @@ def _run_on(client: Any, works: dict[str, bytes], scratch: Path, progress: "_Pro
                 if not (scratch / name / DONE).exists():
                     future.result()
             except KilledWorker as error:
+                dead = _deaths(works, scratch) or Counter({name: error.allowed_failures + 1})
+                ((deadliest, n_deaths),) = dead.most_common(1)
                 raise RuntimeError(
-                    f"part {name!r} was on each of {error.allowed_failures + 1} workers when they died: it crashes "
-                    "its process, or takes more memory than there is"
+                    f"part {deadliest!r} was on each of {n_deaths} workers when they died: it crashes its process, "
+                    "or takes more memory than there is"
                 ) from error
             progress.update()
     finally:
         client.cancel(list(futures.values()))
+
+
+def _deaths(names: Container[str], scratch: Path) -> Counter[str]:
+    """How often each part was begun and not ended. Dask blames a part that only waited on the worker just the same."""
+    begun = (leftover.name.split(".")[1] for leftover in scratch.glob(".*.tmp"))
+    return Counter(name for name in begun if name in names)
 
 
 class _Progress:

@@ -1,5 +1,6 @@
 """Parallel parts: the same bytes whatever runs them and whatever is killed, errors that name the part, nothing left."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,6 +307,30 @@ def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: py
         run_parts(work, jobs(tmp_path, part2="die"), tmp_path / "scratch")
     assert calls(tmp_path).count(2) == 4
     assert "00002" not in os.listdir(tmp_path / "scratch")
+
+
+def test_the_part_that_was_run_by_the_workers_that_died_is_named_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import KilledWorker
+
+    class Dask:
+        """Blames each part that is on a worker when it dies; the first is the first to be heard of."""
+
+        def submit(self, _run: object, _work: bytes, name: str, scratch: str, **_: object) -> Future[None]:
+            for death in range({"00002": 4, "00001": 1}.get(name, 0)):
+                (Path(scratch) / f".{name}.{death}.tmp").mkdir()
+            future: Future[None] = Future()
+            future.set_exception(KilledWorker(name, None, 3))  # type: ignore[arg-type]
+            return future
+
+        def cancel(self, futures: list[Future[None]]) -> None:
+            pass
+
+    monkeypatch.setenv("USS_WORKERS", "2")
+    monkeypatch.setattr(parts, "_local_client", lambda *_: contextlib.nullcontext(Dask()))
+    with pytest.raises(RuntimeError, match="part '00002' was on each of 4 workers"):
+        run_parts(work, jobs(tmp_path), tmp_path / "scratch")
 
 
 def test_a_running_cluster_is_used(
