@@ -49,7 +49,7 @@ class MixitParams(Params):
     weight_decay: float = Field(ge=0)
     gradient_clip: float = Field(ge=0)
     redraw_every_steps: int = Field(ge=0)
-    validate_every_steps: int = Field(gt=0)
+    validate_every_steps: int | None = Field(gt=0)  # None: once an epoch
     n_validation_moms: int = Field(gt=0)
     patience: int = Field(ge=0)
     precision: Literal["fp32", "bf16"]
@@ -90,7 +90,7 @@ class PretrainPerformerParams(Params):
     target: Literal["logmag", "wave"]
     loss_on: Literal["masked", "all"]
     redraw_every_steps: int = Field(ge=0)
-    validate_every_steps: int = Field(gt=0)
+    validate_every_steps: int | None = Field(gt=0)
     n_validation_mixtures: int = Field(gt=0)
     patience: int = Field(ge=0)
     precision: Literal["fp32", "bf16"]

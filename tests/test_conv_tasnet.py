@@ -7,7 +7,7 @@ from torchaudio.models import ConvTasNet
 from pipeline.separators.conv_tasnet import Separator
 
 TINY = {
-    **{"sample_rate": 8000, "n_sources": 3, "window_samples": 22, "n_filters": 12, "bottleneck": 8, "hidden": 10},
+    **{"sample_rate": 8000, "n_sources": 3, "window_ms": 2.75, "n_filters": 12, "bottleneck": 8, "hidden": 10},
     **{"layers": 2, "stacks": 2, "mask_activation": "softmax", "consistency": "none", "recompute": False},
 }
 lengths = pytest.mark.parametrize("samples", [1, 10, 11, 12, 999, 1000, 1001])
@@ -26,10 +26,13 @@ def assert_close(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("window_samples", [16, 22])
+@pytest.mark.parametrize(
+    ("sample_rate", "window_ms", "window_samples"), [(8000, 2.0, 16), (8000, 2.75, 22), (44100, 2.5, 110)]
+)
 @lengths
-def test_sigmoid_masks_make_the_network_of_torchaudio(window_samples, samples):
-    separator = tiny(mask_activation="sigmoid", window_samples=window_samples)
+def test_sigmoid_masks_make_the_network_of_torchaudio(sample_rate, window_ms, window_samples, samples):
+    """The window is a time: at another rate of the same entry it has other samples, an even number."""
+    separator = tiny(mask_activation="sigmoid", sample_rate=sample_rate, window_ms=window_ms)
     theirs = ConvTasNet(
         num_sources=3,
         enc_kernel_size=window_samples,
@@ -147,14 +150,14 @@ def test_one_batch_is_learned_by_heart():
 def test_the_size_of_the_full_model():
     with torch.device("meta"):
         full = Separator(
-            **TINY | {"n_sources": 8, "window_samples": 16, "n_filters": 512, "bottleneck": 128, "hidden": 512},
+            **TINY | {"n_sources": 8, "window_ms": 2.0, "n_filters": 512, "bottleneck": 128, "hidden": 512},
         )
         block = sum(p.numel() for p in full.network.mask_generator.conv_layers[0].parameters())
         rest = sum(p.numel() for p in full.parameters()) - 4 * block
     assert round((rest + 24 * block) / 1e6, 2) == 5.38
 
 
-@pytest.mark.parametrize("window_samples", [0, 17])
-def test_windows_that_cannot_overlap_by_half_are_refused(window_samples):
-    with pytest.raises(ValueError, match=f"window_samples {window_samples} must be even"):
-        tiny(window_samples=window_samples)
+@pytest.mark.parametrize("window_ms", [0.0, -1.0, 0.1])
+def test_windows_that_cannot_overlap_by_half_are_refused(window_ms):
+    with pytest.raises(ValueError, match=f"window_ms {window_ms} is less than two samples at 8000 Hz"):
+        tiny(window_ms=window_ms)

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,7 @@ LAYERS = [
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},
     {"mixit"},
-    {"stages", "gate", "ablations"},
+    {"stages", "gate", "ablations", "unpack"},
     {"seeds"},
 ]
 OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py"}
@@ -123,8 +125,7 @@ def test_every_profile_has_the_keys_of_the_embedded_default(profile):
     assert other == default
 
 
-@pytest.mark.parametrize("profile", [ROOT / "params.yaml", *PROFILES], ids=lambda p: p.stem)
-def test_every_profile_fits_the_params_of_every_stage(profile):
+def assert_fits_every_stage(profile: Path) -> None:
     from pipeline import upstreams
     from pipeline.config import AudioParams, load_params
     from pipeline.datasets.music.synthetic_stems import Options as SyntheticStems
@@ -187,6 +188,30 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
     for data in ("music", "anchors"):
         for name in document[f"mixit_{data}"]:
             read_entry(name, data, profile)
+
+
+@pytest.mark.parametrize("profile", [ROOT / "params.yaml", *PROFILES], ids=lambda p: p.stem)
+def test_every_profile_fits_the_params_of_every_stage(profile):
+    assert_fits_every_stage(profile)
+
+
+TO_TRY = re.findall(r"^dvc exp run (-S [^#$\\\n]+)[^$\n]*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", TO_TRY)
+def test_what_the_readme_has_one_try_fits_and_changes_something(line, tmp_path):
+    from dvc.utils.hydra import apply_overrides
+
+    assert len(TO_TRY) >= 16
+    overrides = [word for word in shlex.split(line) if word != "-S"]
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    apply_overrides(path, overrides)
+    assert_fits_every_stage(path)
+    load = YAML(typ="safe").load
+    after, before = load(path), load(ROOT / "params.yaml")
+    assert after != before
+    assert keys(after) == keys(before)  # a place that there is
 
 
 @pytest.mark.slow

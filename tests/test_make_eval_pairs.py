@@ -73,6 +73,12 @@ def run(tmp_path: Path, rows: list[dict], *, empty=(), name="pairs", **changes) 
     return pq.read_table(tmp_path / name / "pairs.parquet"), summary
 
 
+def test_527_classes_give_52_700_rows(tmp_path):
+    rows = rows_of({f"c{k:03d}x{n}": [c.mid] for k, c in enumerate(classes()) for n in range(4)})
+    table, summary = run(tmp_path, rows, pairs_per_class=100)
+    assert (summary["pairs"], summary["classes"]) == (table.num_rows, 527) == (52_700, 527)
+
+
 def test_every_class_has_its_pairs_in_order(tmp_path):
     manifest, summary = run(tmp_path, rows_of(corpus()))
     assert manifest.schema.equals(SCHEMA)

@@ -824,11 +824,16 @@ def test_provenance_knows_commits_changes_and_profiles(tmp_path):
 
 
 def test_the_data_hash_changes_with_the_data(tmp_path):
-    (tmp_path / "train.csv").write_text("a")
-    one = data_hash([tmp_path / "train.csv", tmp_path / "eval.csv"])
-    (tmp_path / "train.csv").write_text("b")
-    assert one != data_hash([tmp_path / "train.csv"])
-    assert data_hash([tmp_path / "eval.csv"]) is None
+    train, evaluation = (tmp_path / split / "manifest.csv" for split in ("train", "eval"))
+    for path, text in ((train, "a"), (evaluation, "b")):
+        path.parent.mkdir()
+        path.write_text(text)
+    one = data_hash([train, evaluation])
+    assert one != data_hash([evaluation, train])
+    assert one != data_hash([train])
+    train.write_text("c")
+    assert one != data_hash([train, evaluation])
+    assert data_hash([tmp_path / "manifest.csv"]) is None
 
 
 def test_the_hardware_is_described_without_the_hosts_name():

@@ -34,7 +34,7 @@ TINY_BLIND = {
         **{"mask_activation": "softmax", "consistency": "none"},
     },
     "conv_tasnet": {
-        **{"n_sources": 3, "window_samples": 16, "n_filters": 16, "bottleneck": 8, "hidden": 16, "layers": 2},
+        **{"n_sources": 3, "window_ms": 2.0, "n_filters": 16, "bottleneck": 8, "hidden": 16, "layers": 2},
         **{"stacks": 1, "mask_activation": "softmax", "consistency": "uniform", "recompute": False},
     },
 }

@@ -352,9 +352,12 @@ def test_pretraining_of_another_rate_or_size_is_refused(train, pretrained, tmp_p
     with pytest.raises(ValueError, match="tiny trains at 8000 Hz, and was pretrained at 44100 Hz"):
         train(entry(pretrained=True), pretrained=other)
     one = entry(pretrained=True)
-    wide = mixit.Entry(one.name, one.data, one.params, PERFORMER | {"dim": 32})
-    with pytest.raises(ValueError, match="has the shape"):
-        train(wide, pretrained=pretrained)
+    for changed, said in (({"dim": 32}, "dim is 32, and 16"), ({"norm": "minmax"}, "norm is minmax, and zscore")):
+        other_model = mixit.Entry(one.name, one.data, one.params, PERFORMER | changed)
+        with pytest.raises(ValueError, match=rf"tiny: mixit_models\.performer\.{said} in its pretraining"):
+            train(other_model, pretrained=pretrained)
+    sigmoid = mixit.Entry(one.name, one.data, one.params, PERFORMER | {"n_sources": 3, "mask_activation": "sigmoid"})
+    assert train(sigmoid, "sigmoid", pretrained=pretrained)[1]["status"] == "ok"  # the head is its own
 
 
 def test_batches_of_several_lengths_are_learned_from_and_all_lengths_validate(train, monkeypatch):
@@ -370,6 +373,22 @@ def test_batches_of_several_lengths_are_learned_from_and_all_lengths_validate(tr
     assert len(met[True]) == config["steps"] == 16  # 3 x 8 s, at 2 x 2 x 0.375 s a step
     assert set(met[True]) == {(2, 2, 2000), (2, 2, 4000)}
     assert met[False] == [(2, 2, 2000)] * 2 + [(2, 2, 4000)] * 2  # four of either length
+
+
+def test_its_features_are_drawn_again_every_so_many_steps_from_the_seed(train, monkeypatch):
+    drawn, redraw = [], Separator.redraw
+    monkeypatch.setattr(
+        Separator, "redraw", lambda self, *arguments: drawn.append(arguments) or redraw(self, *arguments)
+    )
+    _, config, _, _ = train(entry(), redraw_every_steps=3, seed=5)
+    assert config["steps"] == 8
+    assert drawn == [(3, 5), (6, 5)]
+
+
+def test_without_a_number_of_steps_it_validates_once_an_epoch(train):
+    _, config, rows, _ = train(entry(epochs=2.5), validate_every_steps=None)
+    assert config["steps"] == 20
+    assert sorted(validations(rows)) == [8, 16, 20]
 
 
 def test_what_the_training_took_is_told(train):

@@ -17,7 +17,7 @@ PERFORMER = {
     **{"mask_activation": "softmax", "consistency": "none"},
 }
 CONV_TASNET = {
-    **{"n_sources": 4, "window_samples": 40, "n_filters": 24, "bottleneck": 12, "hidden": 16, "layers": 3, "stacks": 1},
+    **{"n_sources": 4, "window_ms": 5.0, "n_filters": 24, "bottleneck": 12, "hidden": 16, "layers": 3, "stacks": 1},
     **{"mask_activation": "softmax", "consistency": "uniform", "recompute": False},
 }
 MODELS: dict[str, dict[str, Any]] = {"performer": PERFORMER, "conv_tasnet": CONV_TASNET}

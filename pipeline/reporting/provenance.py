@@ -50,11 +50,12 @@ def profile(root: Path, params: Path) -> str | None:
 
 
 def data_hash(manifests: Iterable[Path]) -> str | None:
-    """One SHA-256 over the manifests that are there, by file name and content; None where none is."""
-    found = sorted((path.name, sha256_file(path)) for path in manifests if path.is_file())
-    return (
-        hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in found).encode()).hexdigest() if found else None
-    )
+    """One SHA-256 over the manifests that are there, in their order; None where none is.
+
+    Those of the clips list the SHA-256 of every clip's samples.
+    """
+    found = [sha256_file(path) for path in manifests if path.is_file()]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in found).encode()).hexdigest() if found else None
 
 
 def hardware() -> dict[str, Any]:

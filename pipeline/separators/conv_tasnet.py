@@ -2,7 +2,7 @@
 
 torchaudio's network, unconditional: every source of the mixture at once, in no order. The paper's window is 16 samples
 of speech at 8 kHz. At 44.1 kHz it keeps 1.8 GiB per second of audio for the backward pass, and its blocks see 0.28 s;
-with 110 samples (2.5 ms, as in the MixIT paper, Wisdom et al. 2020) it is a seventh of that, and seven times as far.
+with 2.5 ms (110 samples, as in the MixIT paper, Wisdom et al. 2020) it is a seventh of that, and seven times as far.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ BLOCK_KERNEL = 3
 
 
 class Separator(nn.Module):
-    """Conv-TasNet with N filters of `window_samples`, which overlap by half, and `stacks` of `layers` blocks.
+    """Conv-TasNet with N filters of `window_ms`, which overlap by half, and `stacks` of `layers` blocks.
 
     n_filters, bottleneck, hidden   N, B and H of the paper; layers, stacks are its X and R
     mask_activation   softmax: over the sources, the masks sum to one. sigmoid: each on its own, as in the paper
@@ -40,7 +40,7 @@ class Separator(nn.Module):
         *,
         sample_rate: int,
         n_sources: int,
-        window_samples: int,
+        window_ms: float,
         n_filters: int,
         bottleneck: int,
         hidden: int,
@@ -51,17 +51,17 @@ class Separator(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
-        if window_samples < 2 or window_samples % 2:
-            raise ValueError(f"window_samples {window_samples} must be even, as windows overlap by half")
+        self.hop_length = round(sample_rate * window_ms / 2000)
+        if self.hop_length < 1:
+            raise ValueError(f"window_ms {window_ms} is less than two samples at {sample_rate} Hz")
         self.sample_rate = sample_rate
         self.n_sources = n_sources
-        self.hop_length = window_samples // 2
         self.mask_activation = mask_activation
         self.consistency = consistency
         self.recompute = recompute
         self.network = ConvTasNet(
             num_sources=n_sources,
-            enc_kernel_size=window_samples,
+            enc_kernel_size=2 * self.hop_length,
             enc_num_feats=n_filters,
             msk_kernel_size=BLOCK_KERNEL,
             msk_num_feats=bottleneck,

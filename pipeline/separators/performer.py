@@ -47,6 +47,8 @@ class Separator(nn.Module):
     """
 
     takes_query = False
+    own_after_pretraining = frozenset({"n_sources", "mask_activation", "consistency", "dropout", "recompute"})
+    """What may differ from the network that was pretrained: the head's, and what changes no output."""
 
     def __init__(
         self,

@@ -243,6 +243,7 @@ def summarise(moms: pd.DataFrame, mixtures: pd.DataFrame, pairs: pd.DataFrame | 
         classes, clips = pairs["class_index"].to_numpy(), pairs["target_clip"].tolist()
         summary["pairs"] = {
             "n": len(pairs),
+            "n_undefined": int(pairs["si_sdri"].isna().sum()),
             "n_classes": int(pairs["class_index"].nunique()),
             "sdri_class_median_mean": classes_with_interval(pairs["sdri"].to_numpy(), classes, clips, "median"),
             "sdri_class_mean_mean": classes_with_interval(pairs["sdri"].to_numpy(), classes, clips, "mean"),

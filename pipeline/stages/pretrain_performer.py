@@ -140,7 +140,7 @@ def _learn(
             pretrainer.redraw(n, params.seed)
 
     # A mixture is half of a mixture of mixtures: an epoch has as many items as MixIT's has pairs, twice as long.
-    steps = train.steps(params.epochs, max(1, params.batch_size // 2))
+    steps, an_epoch = (train.steps(epochs, max(1, params.batch_size // 2)) for epochs in (params.epochs, 1.0))
     pretrainer.eval()
     untrained = validation_loss()
     fitted = fit(
@@ -162,7 +162,7 @@ def _learn(
         curve=curve,
         log_every_steps=params.log_every_steps,
         checkpoint_every_seconds=params.checkpoint_every_seconds,
-        validation=Validation(validation_loss, params.validate_every_steps, params.patience),
+        validation=Validation(validation_loss, params.validate_every_steps or an_epoch, params.patience),
         before_step=redraw,
     )
     learned = {

@@ -385,9 +385,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     metrics |= music.metrics(unsupervised, pretraining_music)
     metrics = dict(sorted(metrics.items()))
     curves = {model: curve for model, curve in read_curves(places.summaries, models).items() if not curve.empty}
-    found = provenance(
-        places.root, places.params, [places.manifest / name for name in ("train.csv", "eval.csv", "missing.csv")]
-    )
+    found = provenance(places.root, places.params, [places.clips / split / "manifest.csv" for split in SPLITS])
     drawings = {
         "class_sdri": charts.class_chart(summary.per_class),
         "training": charts.training_chart(curves),

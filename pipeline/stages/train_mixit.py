@@ -79,10 +79,7 @@ def train_mixit(
         if weights is None or not hasattr(separator, "load_pretrained"):
             raise ValueError(f"{entry.name} is to be pretrained, but nothing pretrains {entry.params.architecture}")
         given = mixit.read_config(weights.parent)
-        if given["sample_rate"] != train.sample_rate:
-            raise ValueError(
-                f"{entry.name} trains at {train.sample_rate} Hz, and was pretrained at {given['sample_rate']} Hz"
-            )
+        _check_pretraining(entry, separator, given, train.sample_rate)
         if given.get("status") == "out_of_memory":
             weights = None
         else:
@@ -159,7 +156,9 @@ def train_mixit(
             curve=curve,
             log_every_steps=params.log_every_steps,
             checkpoint_every_seconds=params.checkpoint_every_seconds,
-            validation=Validation(validation_loss, params.validate_every_steps, params.patience),
+            validation=Validation(
+                validation_loss, params.validate_every_steps or train.steps(1.0, params.batch_size), params.patience
+            ),
             before_step=redraw,
         )
 
@@ -196,6 +195,17 @@ def train_mixit(
     publish(finished, out)
     shutil.rmtree(scratch)  # `dvc repro --force` must train again
     return config
+
+
+def _check_pretraining(entry: Entry, separator: Any, given: dict[str, Any], sample_rate: int) -> None:
+    """Weights of another front end may have the same shapes, and would be taken for what they are not."""
+    if given["sample_rate"] != sample_rate:
+        raise ValueError(f"{entry.name} trains at {sample_rate} Hz, and was pretrained at {given['sample_rate']} Hz")
+    for name, value in entry.model.items():
+        if name not in separator.own_after_pretraining and given["model"][name] != value:
+            raise ValueError(
+                f"{entry.name}: {entry.params.model}.{name} is {value}, and {given['model'][name]} in its pretraining"
+            )
 
 
 def main() -> None:
