@@ -73,6 +73,7 @@ def run(tmp_path: Path, rows: list[dict], *, empty=(), name="pairs", **changes) 
     return pq.read_table(tmp_path / name / "pairs.parquet"), summary
 
 
+@pytest.mark.slow
 def test_527_classes_give_52_700_rows(tmp_path):
     rows = rows_of({f"c{k:03d}x{n}": [c.mid] for k, c in enumerate(classes()) for n in range(4)})
     table, summary = run(tmp_path, rows, pairs_per_class=100)
