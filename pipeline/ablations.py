@@ -5,11 +5,13 @@
     python -m pipeline.ablations --collect   # only write reports/ablations.csv and .md
 
 An experiment belongs to a commit: those that this commit has already are not run again, so that the command can be
-killed and called again. Each runs in a copy of the workspace, whose own results stay. `dvc repro report` then shows the
-table in the page.
+killed and called again. One whose params.yaml differs from the workspace's in more than its setting is refused by name:
+it is of another profile. Each runs in a copy of the workspace, whose own results stay. `dvc repro report` then shows
+the table in the page.
 """
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -19,6 +21,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import dvc.api  # type: ignore[import-untyped]
+from ruamel.yaml import YAML
 
 from pipeline.reporting.tables import db, interval
 from pipeline.runtime import write_atomic
@@ -87,10 +93,41 @@ def finished() -> dict[str, str]:
     return {reference.removeprefix(prefix): reference for reference in references}
 
 
+def check_same_but(ablation: Ablation, reference: str) -> None:
+    """ValueError where an experiment's params.yaml is not the workspace's with `ablation.settings`.
+
+    `report` and `gate` may differ: they are read after the scores are there.
+    """
+    expected, found = params_of(None), params_of(reference)
+    for setting in ablation.settings:
+        place, value = setting.split("=", 1)
+        *sections, key = place.split(".")
+        node = expected
+        for section in sections:
+            node = node[section]
+        node[key] = YAML(typ="safe").load(value)
+    keys = sorted(key for key in {*found, *expected} - {"report", "gate"} if found.get(key) != expected.get(key))
+    if keys:
+        raise ValueError(
+            f"experiment {ablation.name} differs from the workspace in more than {' '.join(ablation.settings)}: see "
+            f"{', '.join(keys)} in `dvc params diff {ablation.name}`; remove it with `dvc exp remove {ablation.name}`"
+        )
+
+
+def params_of(revision: str | None) -> dict[str, Any]:
+    """params.yaml of a revision, or of the workspace; the caller's own copy."""
+    return copy.deepcopy(dict(dvc.api.params_show("params.yaml", rev=revision)))
+
+
 def run(ablations: Sequence[Ablation]) -> None:
-    """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on."""
+    """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on.
+
+    ValueError where this commit has one of another params.yaml.
+    """
     for ablation in ablations:
-        if ablation.name in finished():
+        references = finished()
+        if ablation.name in references:
+            check_same_but(ablation, references[ablation.name])
             log.info("%s: done", ablation.name)
             continue
         settings = [part for setting in ablation.settings for part in ("-S", setting)]
@@ -127,6 +164,7 @@ def collect(ablations: Sequence[Ablation], reports: Path) -> list[dict[str, str]
     references = finished()
     for ablation in ablations:
         if ablation.name in references:
+            check_same_but(ablation, references[ablation.name])
             metrics = json.loads(_run("git", "show", f"{references[ablation.name]}:{reports / 'metrics.json'}"))
             rows.append(row(ablation.name, " ".join(ablation.settings), ablation.why, metrics))
     text = io.StringIO()

@@ -39,7 +39,7 @@ from dvc.exceptions import DvcException  # type: ignore[import-untyped]
 from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 
-from pipeline.ablations import BASELINE, Ablation, finished, run
+from pipeline.ablations import BASELINE, Ablation, check_same_but, finished, run
 from pipeline.config import Params, load_params
 from pipeline.reporting.scores import TOLERANCE_DB, read_scores
 from pipeline.reporting.statistics import AGGREGATES, cluster_bootstrap, finite_mean, interval
@@ -274,7 +274,6 @@ def from_experiments(scores: Path) -> dict[int, dict[str, pd.DataFrame]]:
     ValueError where an experiment differs from the workspace in more than its seed.
     """
     own = load_params("train", SeedParams).seed
-    expected = _trained_with(None)
     runs = {own: read_run(scores)}
     for name, reference in sorted(finished().items()):
         if not re.fullmatch(r"seed-[0-9]+", name):
@@ -283,23 +282,15 @@ def from_experiments(scores: Path) -> dict[int, dict[str, pd.DataFrame]]:
         if seed == own:
             log.info("%s: the workspace's own run stands for it", name)
             continue
-        params = _trained_with(reference)
-        if params != {**expected, "train": {**expected["train"], "seed": seed}}:
-            keys = sorted(key for key in {*params, *expected} - {"train"} if params.get(key) != expected.get(key))
-            raise ValueError(
-                f"experiment {name} differs from the workspace in more than train.seed={seed}: see "
-                f"{', '.join(keys or ['train'])} in `dvc params diff {name}`; remove it with `dvc exp remove {name}`"
-            )
+        check_same_but(_training(seed), reference)
         with tempfile.TemporaryDirectory() as folder:
             _fetch(reference, name, scores, Path(folder))
             runs[seed] = read_run(Path(folder))
     return runs
 
 
-def _trained_with(revision: str | None) -> dict[str, Any]:
-    """params.yaml of a revision, or of the workspace; without what is only read after the scores are there."""
-    params = dvc.api.params_show("params.yaml", rev=revision)
-    return {key: value for key, value in params.items() if key not in ("report", "gate")}
+def _training(seed: int) -> Ablation:
+    return Ablation(f"seed-{seed}", (f"train.seed={seed}",), "another training")
 
 
 def _fetch(revision: str, name: str, scores: Path, folder: Path) -> None:
@@ -497,7 +488,7 @@ def main() -> None:
     if args.seeds:
         own = load_params("train", SeedParams).seed
         seeds = [seed for seed in dict.fromkeys(args.seeds) if seed != own]
-        run([Ablation(f"seed-{seed}", (f"train.seed={seed}",), "another training") for seed in seeds])
+        run([_training(seed) for seed in seeds])
     summary = summarise(
         from_folders(args.runs) if args.runs else from_experiments(args.scores),
         n_resamples=bootstrap.bootstrap_resamples,

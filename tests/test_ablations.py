@@ -89,4 +89,10 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     ]
     with open("reports/ablations.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
+    (project / "params.yaml").write_text("value: 5.5\nother: 1\n")
+    for again in (ablations.run, lambda chosen: ablations.collect(chosen, Path("reports"))):
+        with pytest.raises(
+            ValueError, match=r"experiment six differs from the workspace in more than value=6.0: see other"
+        ):
+            again(some)
     assert "| six | `value=6.0` | 6.00  | +1.00  | 1,234 | more |" in Path("reports/ablations.md").read_text()
