@@ -240,6 +240,25 @@ def test_a_missing_and_an_unexpected_tensor_are_named(tmp_path):
         read_published(path, sha256=digest(path), layout="audiomae")
 
 
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("decoder_", r"pretrained\.pth has no decoder: it is not pretrained\.pth, but a fine-tuned encoder"),
+        ("mask_token", r"pretrained\.pth has no decoder"),
+        ("blocks.0.mlp.fc1.weight", r"pretrained\.pth has no encoder of the layout 'audiomae'"),
+        ("blocks.", r"pretrained\.pth has no encoder of the layout 'audiomae'"),
+        ("norm.weight", r"pretrained\.pth: missing \['norm\.weight'\], unexpected \['blocks\.x\.y'\]"),
+    ],
+)
+def test_another_file_of_the_same_project_is_named(tmp_path, without, message):
+    path = tmp_path / "pretrained.pth"
+    state = MaskedAutoencoder(**PUBLISHED, decoder_heads=16).state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(without)}
+    torch.save({"model": {**kept, "blocks.x.y": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=message):
+        read_published(path, sha256=digest(path), layout="audiomae")
+
+
 def test_anything_else_than_a_namespace_is_not_unpickled(tmp_path):
     path = tmp_path / "pretrained.pth"
     torch.save({"model": {}, "args": pytest.Cache}, path)

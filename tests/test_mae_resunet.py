@@ -223,6 +223,8 @@ def test_only_the_adapters_learn_with_a_lora_rank():
 def test_adapters_of_a_frozen_encoder_are_refused():
     with pytest.raises(ValueError, match="lora_rank adapts an encoder that learns"):
         Settings(**{**SETTINGS, "lora_rank": 4})
+    with pytest.raises(ValueError, match=r"upstream\n.*there is no such upstream; there are dasheng, data2vec"):
+        Settings(**{**SETTINGS, "upstream": "wavml"})
 
 
 def test_pretrained_weights_must_be_exactly_the_encoders():
@@ -307,7 +309,14 @@ def test_what_is_written_is_whole(anchors, pretrained, tmp_path):
     assert config["macs"] > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"freeze_mae": False}, {"freeze_mae": False, "lora_rank": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"freeze_mae": False},
+        pytest.param({"freeze_mae": False, "lora_rank": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_training_ends_in_the_same_bytes(anchors, pretrained, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     what = plan(pretrained, drop_path=0.1, **changes)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import upstreams
+from pipeline.fbank import to_16k
 from pipeline.upstreams import align, combine
 from pipeline.upstreams.mae import MaskedAutoencoder
 
@@ -178,14 +179,29 @@ def test_a_downloaded_folder_gives_the_librarys_own_features(name, library, kind
     upstream = upstreams.build(name, **json.loads(json.dumps(config))).eval()
     upstream.load_state_dict(state)
     waveform = noise(32000)
-    from pipeline.fbank import to_16k
-
     low = to_16k(waveform)
     low = (low - low.mean(dim=1, keepdim=True)) / (low.var(dim=1, keepdim=True, correction=0) + 1e-7).sqrt()
     with torch.inference_mode():
         expected = theirs(low, output_hidden_states=True).hidden_states[1:]
         for ours, their in zip(upstream.hidden(waveform), expected, strict=True):
             torch.testing.assert_close(ours, their, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hubert", "wavlm"])
+def test_the_norm_behind_the_last_layer_of_large_models_is_used_and_learns(name, pretrained, monkeypatch):
+    """HuBERT-large and WavLM-large norm what goes into a layer: what comes out of the last is not normed yet."""
+    large = {**TRANSFORMER, **CONVOLUTIONS, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    monkeypatch.setitem(OPTIONS, name, {**SMALL, "config": large})
+    upstream = make(name, pretrained)
+    norm = upstream.model.encoder.layer_norm
+    torch.nn.init.normal_(norm.weight)
+    low = to_16k(noise(16000))
+    with torch.inference_mode():
+        expected = upstream.model(low).last_hidden_state
+        found = combine(upstream, upstream.hidden(noise(16000)), "last")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert any(p is norm.weight for p in upstream.layer_groups()[-1])
+    test_groups_hold_every_learning_parameter_once(name, pretrained)
 
 
 def test_a_folder_without_its_files_is_named(tmp_path, pretrained):

@@ -28,13 +28,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from pipeline.config import Params
 from pipeline.separators import resunet
 from pipeline.separators.resunet import FRAMES_MULTIPLE
-from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine
+from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine, names
 
 Fusion = Literal["freq", "channel", "deep", "film", "attention", "none"]
 DEEP_LEVEL, BOTTLENECK_LEVEL = 4, 6
@@ -58,6 +58,13 @@ class Settings(Params):
     drop_path: float = Field(ge=0, lt=1)
     bf16_frozen: bool
     context: Literal["anchor", "segment"]
+
+    @field_validator("upstream")
+    @classmethod
+    def _is_a_file(cls, name: str) -> str:
+        if name not in names():
+            raise ValueError(f"there is no such upstream; there are {', '.join(names())}")
+        return name
 
     @model_validator(mode="after")
     def _adapters_learn(self) -> "Settings":

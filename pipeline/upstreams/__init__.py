@@ -61,6 +61,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
+def check_sample_rate(sample_rate: int) -> None:
+    """ValueError for audio that upstreams would hear at the wrong speed."""
+    if sample_rate != SAMPLE_RATE:
+        raise ValueError(f"audio.sample_rate is {sample_rate}; upstreams hear {SAMPLE_RATE} Hz")
+
+
 def build(name: str, **config: Any) -> Upstream:
     """Build the Upstream of `pipeline/upstreams/<name>.py`; ValueError for a name that has no file."""
     upstream: Upstream = _module(name).Upstream(**config)

@@ -5,7 +5,7 @@ model.safetensors or pytorch_model.bin), or `random` for weights drawn at random
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,35 @@ class Options(Params):
 
 
 class TransformersUpstream(upstreams.Upstream):
-    """A 16-kHz waveform encoder of the transformers library, without masking and without dropped layers."""
+    """A 16-kHz waveform encoder of the transformers library, without masking and without dropped layers.
 
-    def __init__(
-        self, model: nn.Module, *, normalise: bool, lora_targets: tuple[str, ...], stride: int, window: int
-    ) -> None:
+    A subclass names it, and the Linear modules that low-rank adapters adapt. `config` is the library's own, and
+    `weights` says where the tensors came from.
+    """
+
+    library: ClassVar[str]  # <library>Model and <library>Config of the transformers library
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(self, *, config: dict[str, Any], normalise: bool, weights: str) -> None:
         super().__init__()
-        self.model = model
-        config: Any = model.config
-        self.normalise, self.lora_targets, self.window = normalise, lora_targets, window
-        self.dim, self.n_layers = config.hidden_size, config.num_hidden_layers
+        self.model = self.build_model(config)
+        full: Any = self.model.config
+        stride, self.window = strides(full.to_dict())
+        self.normalise = normalise
+        self.dim, self.n_layers = full.hidden_size, full.num_hidden_layers
         self.frames_per_step = stride / (RATE_16K / upstreams.FRAME_RATE)
+        # The large HuBERT and WavLM norm what goes into a layer, and once what comes out of the last.
+        self.norms_at_the_end = bool(getattr(full, "do_stable_layer_norm", False))
+
+    @classmethod
+    def build_model(cls, config: Mapping[str, Any]) -> nn.Module:
+        """The library's model of a config, without what makes training random: masks and dropped layers."""
+        import transformers  # seconds, and most runs do without
+
+        of_library: Any = getattr(transformers, f"{cls.library}Config")
+        quiet = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
+        model: nn.Module = getattr(transformers, f"{cls.library}Model")(of_library(**{**config, **quiet}))
+        return model
 
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
         """What each Transformer layer gives, about 50 times a second."""
@@ -65,10 +83,17 @@ class TransformersUpstream(upstreams.Upstream):
         found: Any = self.model(low.to(dtype), output_hidden_states=True)
         return list(found.hidden_states[1:])
 
+    def final_norm(self, h: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """The norm behind the last layer, of those that have one."""
+        model: Any = self.model
+        return model.encoder.layer_norm(h) if self.norms_at_the_end else h
+
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        """All that comes before the first layer; each layer."""
+        """All that comes before the first layer; each layer, the last with the final norm."""
         model: Any = self.model
         layers = [list(layer.parameters()) for layer in model.encoder.layers]
+        if self.norms_at_the_end:
+            layers[-1] += list(model.encoder.layer_norm.parameters())
         within = {id(p) for group in layers for p in group}
         return [[p for p in model.parameters() if id(p) not in within], *layers]
 
@@ -82,13 +107,10 @@ def strides(config: Mapping[str, Any]) -> tuple[int, int]:
     return stride, window
 
 
-def quiet(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what makes training random: masks and dropped layers."""
-    return {**config, "apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
-
-
-def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """(arguments of the Upstream, its tensors) of an entry; `wanted(config)` builds the model to hold the file to.
+def read(
+    encoder: type[TransformersUpstream], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """(arguments of the encoder, its tensors) of its entry in params.yaml, held to the model that its config gives.
 
     FileNotFoundError or ValueError names the folder or file, and what is missing or not expected in it.
     """
@@ -107,14 +129,15 @@ def read(options: Mapping[str, Any], wanted: Any, prefix: str) -> tuple[dict[str
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{folder}: neither of {', '.join(FILES)}")
+    model: Any = encoder.build_model(config)
     state = {}
     for name, tensor in read_tensors(file, sha256=options["sha256"], entry="").items():
-        name = name.removeprefix(prefix + ".")
+        name = name.removeprefix(f"{model.base_model_prefix}.")
         if not name.startswith(UNUSED):
             # The old and the new way to write a weight norm.
             name = name.replace("weight_g", "parametrizations.weight.original0")
             state[f"model.{name.replace('weight_v', 'parametrizations.weight.original1')}"] = tensor
-    expected = {f"model.{name}" for name in wanted(quiet(config)).state_dict()}
+    expected = {f"model.{name}" for name in model.state_dict()}
     missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
     if missing or unexpected:
         raise ValueError(f"{file}: missing {missing[:5]}, unexpected {unexpected[:5]}")

@@ -9,36 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.upstreams._transformers import Options, TransformersUpstream, quiet, strides
-from pipeline.upstreams._transformers import read as read_folder
+from pipeline.upstreams import _transformers
+from pipeline.upstreams._transformers import Options
 
 __all__ = ["Options", "Upstream", "read"]
 
 
-def _model(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import HubertConfig, HubertModel  # seconds, and most runs do without
+class Upstream(_transformers.TransformersUpstream):
+    """HuBERT."""
 
-    model: nn.Module = HubertModel(HubertConfig(**config))
-    return model
-
-
-class Upstream(TransformersUpstream):
-    """The encoder of a config of the transformers library; `weights` says where its tensors came from."""
-
-    def __init__(self, *, config: dict[str, Any], normalise: bool, weights: str) -> None:
-        model = _model(quiet(config))
-        stride, window = strides(model.config.to_dict())  # type: ignore[operator, union-attr]
-        super().__init__(
-            model,
-            normalise=normalise,
-            lora_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
-            stride=stride,
-            window=window,
-        )
+    library = "Hubert"
 
 
 def read(options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """The encoder of `upstreams.hubert:` in params.yaml."""
-    return read_folder(options, _model, "hubert")
+    return _transformers.read(Upstream, options)

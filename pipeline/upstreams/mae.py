@@ -13,7 +13,7 @@ The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, w
 are MIT.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -490,8 +490,9 @@ def read_published(
         if table.ndim == 3 and table.shape[1] >= MAX_STEPS * BANDS and table.shape[1] % BANDS == 0:
             # Step by step of time, for up to two minutes; no row for the class token, which has no position.
             state["pos_embed"] = F.pad(table[:, : MAX_STEPS * BANDS], (0, 0, 1, 0))
-    depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-    if not depth or "pos_embed" not in state:
+    depth = n_blocks(state, "blocks")
+    needed = ["pos_embed", "blocks.0.mlp.fc1.weight"]  # which the sizes are read from
+    if not depth or not set(needed) <= set(state):
         raise ValueError(f"{path} has no encoder of the layout {layout!r}: it starts with {sorted(state)[:3]}")
     dim = state["pos_embed"].shape[-1]
     sizes: dict[str, Any] = {
@@ -507,7 +508,9 @@ def read_published(
             )
         if (off := (state["pos_embed"] - positions(dim)).abs().max().item()) > 1e-6:
             raise ValueError(f"{path}: its positions are not A-MAE's transposed grid (they differ by {off:.2g})")
-        n_decoder = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
+        n_decoder = n_blocks(state, "decoder_blocks")
+        if not n_decoder or "mask_token" not in state:
+            raise ValueError(f"{path} has no decoder: it is not pretrained.pth, but a fine-tuned encoder, perhaps")
         local = "decoder_blocks.0.attn.tau" in state
         sizes |= {
             "decoder": "local" if local else "global",
@@ -526,6 +529,12 @@ def read_published(
             f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape {different[:5]}"
         )
     return sizes, state
+
+
+def n_blocks(names: Iterable[str], list_name: str) -> int:
+    """How many blocks `list_name`.0 to `list_name`.n - 1 have tensors of these names."""
+    numbers = {part[1] for part in (name.split(".") for name in names) if part[0] == list_name and len(part) > 1}
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
 
 def _eat_name(name: str) -> str:
