@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchaudio.functional import resample
 
+from pipeline.devices import exact_float32
+
 SAMPLE_RATE = 16000  # Hz
 N_MELS = 128
 WINDOW_SAMPLES = 400
@@ -30,8 +32,8 @@ PADDING = -MEAN / (2 * STD)
 
 
 def to_16k(waveform: Float[Tensor, "batch time"], sample_rate: int = 32000) -> Float[Tensor, "batch time_16k"]:
-    """Resample to 16 kHz, float32 also under autocast (torchaudio's windowed sinc, width 6)."""
-    with torch.autocast(waveform.device.type, enabled=False):
+    """Resample to 16 kHz, exact float32 whatever the precision of the rest (torchaudio's windowed sinc, width 6)."""
+    with torch.autocast(waveform.device.type, enabled=False), exact_float32():
         return resample(waveform.float(), sample_rate, SAMPLE_RATE)
 
 
@@ -63,12 +65,12 @@ def fbank(
 ) -> Float[Tensor, "batch frames mels"]:
     """Natural logarithm of the mel-filtered power of 16-kHz waveforms in [-1, 1]; frames = 1 + (time - 400) // hop.
 
-    ValueError for a waveform shorter than one window of 400 samples. Float32 whatever the autocast: bfloat16 would move
-    the features by 1.5 on average.
+    ValueError for a waveform shorter than one window of 400 samples. Exact float32 whatever the precision of the rest:
+    bfloat16 would move the features by 1.5 on average.
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
         raise ValueError(f"a waveform of {waveform.shape[-1]} samples has no window of {WINDOW_SAMPLES}")
-    with torch.autocast(waveform.device.type, enabled=False):
+    with torch.autocast(waveform.device.type, enabled=False), exact_float32():
         frames = waveform.float().unfold(-1, WINDOW_SAMPLES, hop_samples)
         frames = frames - frames.mean(dim=-1, keepdim=True)
         before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)

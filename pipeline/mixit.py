@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
+from pipeline.devices import Precision, autocast
 from pipeline.losses import Objective, Search, diversity_loss, mixit_loss, sparsity_loss
 from pipeline.moms import AnchorMoms, Moms
 from pipeline.music import MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
@@ -52,7 +53,7 @@ class MixitParams(Params):
     validate_every_steps: int | None = Field(gt=0)  # None: once an epoch
     n_validation_moms: int = Field(gt=0)
     patience: int = Field(ge=0)
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     device: Literal["auto", "cpu", "cuda"]
     log_every_steps: int = Field(gt=0)
     checkpoint_every_seconds: float = Field(gt=0)
@@ -93,7 +94,7 @@ class PretrainPerformerParams(Params):
     validate_every_steps: int | None = Field(gt=0)
     n_validation_mixtures: int = Field(gt=0)
     patience: int = Field(ge=0)
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     device: Literal["auto", "cpu", "cuda"]
     log_every_steps: int = Field(gt=0)
     checkpoint_every_seconds: float = Field(gt=0)
@@ -243,7 +244,7 @@ def training_loss(
     mixtures = mixtures.to(device, non_blocking=True)
     mixture = mixtures.sum(dim=1)
     separator: Any = model
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+    with autocast(device, params.precision):
         estimates, masks = separator.separate(mixture)
     estimates = estimates.float()
     value = mixit_loss(

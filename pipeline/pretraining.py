@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config import Params
+from pipeline.devices import Precision, autocast
 from pipeline.fbank import FLOOR, HOP_SAMPLES, N_MELS, PADDING, STD, WINDOW_SAMPLES, fbank, normalise, to_16k
 from pipeline.probing import ProbeParams
 from pipeline.shards import ClipReader
@@ -67,7 +68,7 @@ class PretrainParams(Params):
     magnitude: bool
     roll: bool
     short: Literal["pad", "repeat"]
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     device: Literal["auto", "cpu", "cuda"]
     recompute: bool
     log_every_steps: int = Field(gt=0)
@@ -177,7 +178,7 @@ def train(model: MaskedAutoencoder, data: FilterBanks, params: PretrainParams, *
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         features, noise = (tensor.to(device, non_blocking=True) for tensor in batch)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+        with autocast(device, params.precision):
             value, _, _ = model(features, noise, params.mask_ratio)
         return value
 

@@ -248,6 +248,7 @@ def test_a_second_run_gives_the_same_bytes(world, result, tmp_path):
     assert content(tmp_path / "again") == content(result[0])
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bytes_of_none(world, result, tmp_path, monkeypatch):
     monkeypatch.setenv("USS_WORKERS", "2")
     assert run(world, tmp_path / "parallel") == result[1]

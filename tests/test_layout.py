@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
     {"runtime"},
-    {"config", "audio", "features", "fbank", "favor", "mask_metrics", "mining", "ontology", "weights"},
-    {"panns", "shards", "parts", "stem_mp4", "devices", "mixing", "losses", "metrics", "training", "datasets"},
+    {"config", "audio", "devices", "features", "favor", "mask_metrics", "mining", "ontology", "weights"},
+    {"panns", "shards", "parts", "stem_mp4", "fbank", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music"},
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},

@@ -201,18 +201,26 @@ def test_a_published_autoencoder_is_evaluated_on_whole_clips_whatever_was_to_be_
 
 UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4] * 6, "norm_momentum": 0.1, "phase_bias": 1.0}
 SETTINGS = {
-    **{"upstream": "mae", "mae_input": "crop", "layers": "auto", "repeat": "interleave", "fusion": "film"},
+    **{"upstream": "mae", "mae_input": "pad1024", "layers": "auto", "repeat": "interleave", "fusion": "film"},
     **{"lora_rank": 0, "encoder_learning_rate": 1e-3, "encoder_weight_decay": 0.0, "layer_decay": 1.0},
     **{"unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
 }
 
 
+def test_audio_that_upstreams_would_hear_too_fast_is_refused(clips, tmp_path):
+    audio = AUDIO.model_copy(update={"sample_rate": 44100})
+    with pytest.raises(ValueError, match=r"audio\.sample_rate is 44100; upstreams hear 32000 Hz"):
+        pretrain_mae(*clips, tmp_path / "out", tmp_path / "out.csv", audio=audio, params=params())
+    with pytest.raises(ValueError, match=r"audio\.sample_rate is 44100; upstreams hear 32000 Hz"):
+        probe(tmp_path, tmp_path, *clips, audio=audio, params=PROBE)
+
+
 @pytest.mark.parametrize("updated", [False, True])
 def test_the_probe_of_a_separator_tells_what_training_changed(run, clips, tmp_path, updated):
-    out, _ = run()
+    out, pretraining = run()
     sizes = {k: v for k, v in MODEL.items() if not k.startswith("decoder")}
     model = {**UNET, **SETTINGS, "freeze_mae": not updated, "query_dim": 4}
-    model["upstream_config"] = {**sizes, "mae_input": "crop", "drop_path": 0.0}
+    model["upstream_config"] = {**sizes, "mae_input": "pad1024", "drop_path": 0.0}
     separator = build("mae_resunet", **model)
     state = load_file(out / "weights.safetensors")
     separator.load_pretrained(
@@ -229,5 +237,5 @@ def test_the_probe_of_a_separator_tells_what_training_changed(run, clips, tmp_pa
     if updated:
         assert summary["difference"]["mean_average_precision"] < 0
     else:
-        assert summary["after"] == summary["before"]
+        assert summary["after"] == summary["before"] == pretraining["probe"]["after"]  # nothing of the padding
         assert summary["difference"]["mean_average_precision"] == 0

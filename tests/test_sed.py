@@ -79,6 +79,7 @@ def test_the_query_tells_the_classes_apart(trained, splits):
     assert [labels[j] for j in distances.argmin(dim=1)] == labels
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(trained, splits, tmp_path):
     run(splits, tmp_path / "again")
     for part in ("detector/weights.safetensors", "query/config.json"):

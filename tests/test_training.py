@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.devices import choose_device
+from pipeline.devices import autocast, choose_device, exact_float32, use_precision
 from pipeline.training import Fitted, Validation, build_optimizer, fit, learning_rate_factor, prefetch, write_curve
 
 
@@ -293,12 +293,35 @@ def test_the_curve_of_no_step_is_the_header_of_any_other(tmp_path, validates):
     assert (tmp_path / "empty.csv").read_text() == run.curve.read_text().splitlines(keepends=True)[0]
 
 
-def test_validation_does_not_count_as_time_of_the_steps(tmp_path):
+def test_validation_does_not_count_as_time_of_the_steps(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
     def slow(step):
-        time.sleep(0.2)
+        now[0] += 20.0
         return 1.0
 
-    assert Scripted(tmp_path).fit(slow, steps=3, every=1).seconds_per_step < 0.15
+    assert Scripted(tmp_path).fit(slow, steps=3, every=1).seconds_per_step == 0.0
+
+
+def test_float32_is_exact_unless_tf32_is_asked_for():
+    def now():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = now()
+    try:
+        for precision, rounded in (("fp32", False), ("tf32", True), ("bf16", False)):
+            use_precision(precision)
+            assert now() == (rounded, rounded)
+            with exact_float32():
+                assert now() == (False, False)
+            assert now() == (rounded, rounded)
+            with autocast(torch.device("cpu"), precision):
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (
+                    torch.bfloat16 if precision == "bf16" else torch.float32
+                )
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_warm_up_is_piecewise_constant_as_in_uss():

@@ -93,6 +93,9 @@ def encoder_metrics(
         for key in ("loss", "loss_of_mean_patch"):
             if key in pretraining:
                 metrics[f"pretrain_mae.{key}"] = pretraining[key]
+        if "loss" in pretraining:
+            below = pretraining["loss_of_mean_patch"] - pretraining["loss"]
+            metrics["pretrain_mae.loss_below_mean_patch"] = round(below, 6)
         for when, found in pretraining.get("probe", {}).items():
             metrics |= _flat(f"pretrain_mae.probe_{when}", found)
     for model, probe in probes.items():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
-from pipeline.devices import choose_device
+from pipeline.devices import choose_device, exact_float32
 from pipeline.metrics import bss_eval, sdr, si_sdr
 from pipeline.mixing import Normalize, PairsParams, mix
 from pipeline.ontology import class_of
@@ -175,8 +175,7 @@ def separate(
     Any other estimate that is not finite is an error, which names its pairs.
     """
     estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
-    # TF32 convolutions, cuDNN's default, have 10 bits of mantissa: 60 dB.
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode(), exact_float32():
         shared = separator.shared(mixture) if hasattr(separator, "shared") else {}
         for i, query in enumerate((average, oracle)):
             known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)

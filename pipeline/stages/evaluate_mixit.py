@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline import mixit
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import choose_device, exact_float32, use_available_cores
 from pipeline.mixing import Normalize, PairsParams, mix
 from pipeline.mixit import MixitParams, anchor_streams, music_streams, read_config, seed_of
 from pipeline.mixit_scores import classes_with_interval, mean_with_interval, mom_scores, pair_scores, stem_scores
@@ -96,7 +96,7 @@ def load_separator(directory: Path, device: str) -> Any:
 
 def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
     """(estimates, masks), float32; ValueError where an estimate is not finite."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode(), exact_float32():
         estimates, masks = separator.separate(mixture)
     if not estimates.isfinite().all():
         raise ValueError("NaN or infinity in the estimates")

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import AudioParams, load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.pretraining import (
     FilterBanks,
     PretrainParams,
@@ -38,6 +38,7 @@ from pipeline.runtime import (
 )
 from pipeline.shards import ClipReader
 from pipeline.training import write_curve
+from pipeline.upstreams import check_sample_rate
 from pipeline.upstreams.mae import MAX_FRAMES, MaskedAutoencoder, Upstream, encoder_sizes, encoder_state, read_published
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,10 @@ def pretrain_mae(
     train_clips: Path, eval_clips: Path, out: Path, curve: Path, *, audio: AudioParams, params: PretrainParams
 ) -> dict[str, Any]:
     """Write the encoder (and decoder) to `out`; return the summary."""
+    check_sample_rate(audio.sample_rate)
     keep_freed_memory()
     use_available_cores()
+    use_precision(params.precision)
     device = choose_device(params.device)
     scratch = scratch_dir(
         "pretrain_mae", fingerprint(audio, params, train_clips / "manifest.csv", eval_clips / "manifest.csv")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline import mixit
 from pipeline.config import load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import autocast, choose_device, use_available_cores, use_precision
 from pipeline.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
 from pipeline.music import MusicParams, index_file
 from pipeline.runtime import (
@@ -52,6 +52,7 @@ def pretrain_performer(
     """Write weights.safetensors (front end and encoder) and config.json to `out`/PRETRAINED; return the summary."""
     keep_freed_memory()
     use_available_cores()
+    use_precision(params.precision)
     device = choose_device(params.device)
     seconds = params.segment_seconds or music.segment_seconds[0]
     train, held_out = (
@@ -122,7 +123,7 @@ def _learn(
     def loss(batch: tuple[int, Tensor]) -> Tensor:
         n, waveform = batch
         generator = torch.Generator().manual_seed(seed_of(params.seed, n))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+        with autocast(device, params.precision):
             value: Tensor = pretrainer(waveform.to(device, non_blocking=True), generator)
         return value
 

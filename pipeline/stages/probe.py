@@ -1,7 +1,8 @@
 """Stage probe: what training with a separator did to an encoder, by the linear probe of stage pretrain_mae.
 
 The encoder inside a trained separator beside the one that its training started from. For one that was updated, a lower
-probe after it is what it forgot of the labels; for a frozen one the two are equal.
+probe after it is what it forgot of the labels; for a frozen one the two are equal. An A-MAE hears the clips as they
+are, whatever `mae_input` its separator has: so all probes of one run can be compared.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pipeline import upstreams
 from pipeline.config import AudioParams, load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.probing import ProbeParams, described, difference, probe_upstreams
 from pipeline.runtime import read_json, running, write_json
 from pipeline.separators import build
@@ -30,14 +31,16 @@ def probe(
     separator: Path, pretrained: Path, train: Path, evaluation: Path, *, audio: AudioParams, params: ProbeParams
 ) -> dict[str, Any]:
     """The summary; `{"upstream": null}` alone for a separator that takes no features."""
+    upstreams.check_sample_rate(audio.sample_rate)
     use_available_cores()
+    use_precision("fp32")
     config = read_json(separator / "config.json")
     model = config["model"]
     trained: Any = build(config["architecture"], **model)
     if not hasattr(trained, "upstream"):
         return {"upstream": None}
     trained.load_state_dict(read_safetensors(separator / "weights.safetensors"))
-    encoders = [trained.upstream.float()]
+    encoders: list[Any] = [trained.upstream.float()]
     if model["upstream"] == "mae":
         start = upstreams.build("mae", **model["upstream_config"])
         start.load_state_dict(upstreams.read("mae", model, pretrained)[1] or {})
@@ -45,6 +48,8 @@ def probe(
             start = start.to(torch.bfloat16).float()  # as it was held
         if not _equal(encoders[0].state_dict(), start.state_dict()):
             encoders.append(start)
+        for encoder in encoders:
+            encoder.mae_input = "crop"  # as long as the clip, as stage pretrain_mae has it: padding says nothing of it
     found = probe_upstreams(
         encoders,
         ClipReader(train, audio.sample_rate),

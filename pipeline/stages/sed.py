@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pipeline import panns
 from pipeline.config import AudioParams, Params, load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
@@ -195,6 +195,7 @@ def sed(
         raise ValueError(f"audio.sample_rate is {audio.sample_rate}; these networks hear {NETWORK_SAMPLE_RATE} Hz")
     keep_freed_memory()
     use_available_cores()
+    use_precision("fp32")
     clip_samples = round(audio.clip_seconds * audio.sample_rate)
     scratch = scratch_dir("sed", fingerprint(audio, params, train / "manifest.csv", evaluation / "manifest.csv"))
     small: SmallCnn | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline import mixit
 from pipeline.config import load_params
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 from pipeline.music import MomBatch, MusicParams
 from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
@@ -69,6 +69,7 @@ def train_mixit(
 ) -> dict[str, Any]:
     """Train one entry into `out`: weights.safetensors and config.json, which is returned. `told` gets what it took."""
     use_available_cores()
+    use_precision(params.precision)
     device = choose_device(params.device)
     train, held_out = streams(entry, source, music, params)
     steps = train.steps(entry.params.epochs, params.batch_size)

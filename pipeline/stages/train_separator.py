@@ -32,7 +32,7 @@ from pipeline import upstreams
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
 from pipeline.cost import cost
-from pipeline.devices import choose_device, use_available_cores
+from pipeline.devices import Precision, autocast, choose_device, use_available_cores, use_precision
 from pipeline.losses import l1_loss
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
@@ -67,7 +67,7 @@ class TrainParams(Params):
     warmup: list[list[float]] = Field(min_length=1)
     decay: Literal["none", "cosine"]
     gradient_clip: float = Field(ge=0)
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     device: Literal["auto", "cpu", "cuda"]
     log_every_steps: int = Field(gt=0)
     checkpoint_every_seconds: float = Field(gt=0)
@@ -180,7 +180,7 @@ def train(
 
     def loss(batch: Batch) -> Tensor:
         batch = batch.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.precision == "bf16"):
+        with autocast(device, params.precision):
             estimate = separate_part(model, batch.mixture, batch.query, batch.part)
         return l1_loss(estimate.float(), batch.target).mean()
 
@@ -244,6 +244,7 @@ def train_separator(
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
     keep_freed_memory()
     use_available_cores()
+    use_precision(params.precision)
     index = read_json(anchors / "index.json")
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
