@@ -26,7 +26,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from benchmarks.mae import now
 from pipeline.config import AudioParams, load_params
 from pipeline.cost import cost
 from pipeline.losses import l1_loss
@@ -113,14 +113,6 @@ class Step:
         loss.backward()
         self.optimizer.step()
         return now(self.device) - start
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
 
 
 def data(path: Path, batch: int, samples: int, part: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
