@@ -200,16 +200,16 @@ def fit(
             _let_learn(optimizer, n)
             optimizer.zero_grad(set_to_none=True)
             value = loss(batch)
-            if not torch.isfinite(value):
-                raise FloatingPointError(f"the loss is {value.item()} at step {n}, batch: {describe(n)}")
             value.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient is {norm.item()} at step {n}, batch: {describe(n)}")
+            # Both looked at together: each look waits until a GPU has caught up.
+            window.append(tuple(torch.stack([value.detach().double(), norm.double()]).tolist()))
+            for name, number in zip(("loss", "gradient"), window[-1], strict=True):
+                if not math.isfinite(number):
+                    raise FloatingPointError(f"the {name} is {number} at step {n}, batch: {describe(n)}")
             if gradient_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip, norm)
             optimizer.step()
-            window.append((value.item(), norm.item()))
             bar.update()
             validated = validate(n + 1) if validation and _due(n + 1, validation.every_steps, steps) else None
             if validated is not None or _due(n + 1, log_every_steps, steps):
