@@ -63,9 +63,19 @@ class QueryEncoder(nn.Module):
     """Turns an example of a sound into the query for a separator."""
 
     query_dim: int
+    segment_dim: int  # of what `segments` gives
+    segment_frames: int  # frames of 10 ms that one segment stands for
 
     def embed(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch query_dim"]:
         """The non-negative activations before the classifier, at 32 kHz."""
+        raise NotImplementedError
+
+    def segments(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch segments segment_dim"]:
+        """What `embed` pools over time, and what the last of `conv_blocks` gives; at least one segment."""
+        raise NotImplementedError
+
+    def conv_blocks(self) -> list[nn.Module]:
+        """From input to output. They may be held in another precision than the front end before them."""
         raise NotImplementedError
 
 
@@ -106,9 +116,9 @@ def panns_models() -> ModuleType:
             del sys.modules[module]
 
 
-def _build_panns(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A frozen network of panns_inference with these weights; RuntimeError names what does not fit."""
-    network: nn.Module = getattr(panns_models(), name)(
+def _build_panns(name: str, tensors: Mapping[str, Tensor] | None) -> Any:
+    """A frozen network of panns_inference with these weights (None: any); RuntimeError names what does not fit."""
+    network = getattr(panns_models(), name)(
         sample_rate=SAMPLE_RATE,
         window_size=MEL_N_FFT,
         hop_size=MEL_HOP_LENGTH,
@@ -117,7 +127,8 @@ def _build_panns(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
         fmax=MEL_F_MAX,
         classes_num=AUDIOSET_CLASSES,
     )
-    network.load_state_dict(tensors)
+    if tensors is not None:
+        network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)
 
 
@@ -147,17 +158,38 @@ class PannsDetector(Detector):
 class PannsQueryEncoder(QueryEncoder):
     """Cnn14, pretrained on AudioSet: 2048 activations, from the maximum plus the mean over time.
 
-    `tensors` is its published state dict.
+    `tensors` is its published state dict; None: they are loaded later.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    network: Any
+    segment_frames = 32
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None) -> None:
         super().__init__()
-        self.network = _build_panns("Cnn14", tensors)
-        self.query_dim = tensors["fc1.weight"].shape[0]
+        self.network = network = _build_panns("Cnn14", tensors)
+        self.query_dim, self.segment_dim = network.fc1.out_features, network.fc1.in_features
 
     def embed(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch query_dim"]:
         """At least 0.32 s: a shorter waveform is followed by silence."""
-        return self.network(pad_to(waveform, (PannsDetector.SEGMENT_FRAMES - 1) * FRAME_SAMPLES))["embedding"]
+        return self.network(self._padded(waveform))["embedding"]
+
+    def segments(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch segments segment_dim"]:
+        """One per 0.32 s. Without dropout, also where it learns."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            x = self.network.logmel_extractor(self.network.spectrogram_extractor(self._padded(waveform).float()))
+            x = self.network.bn0(x.transpose(1, 3)).transpose(1, 3)
+        blocks = self.conv_blocks()
+        x = x.to(next(blocks[0].parameters()).dtype)
+        for block in blocks:
+            x = block(x, pool_size=(1, 1) if block is blocks[-1] else (2, 2), pool_type="avg")
+        return x.mean(dim=3).transpose(1, 2)
+
+    def conv_blocks(self) -> list[nn.Module]:
+        """Six."""
+        return [getattr(self.network, f"conv_block{number}") for number in range(1, 7)]
+
+    def _padded(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch padded"]:
+        return pad_to(waveform, (self.segment_frames - 1) * FRAME_SAMPLES)
 
 
 class ConvBlock(nn.Module):
@@ -190,7 +222,7 @@ class SmallCnn(Detector, QueryEncoder):
         super().__init__()
         self.class_indices = list(class_indices)
         self.channels = list(channels)
-        self.query_dim = embedding_dim
+        self.query_dim, self.segment_dim = embedding_dim, self.channels[-1]
         self.segment_frames = 2 ** len(self.channels)
         self.segment_samples = self.segment_frames * FRAME_SAMPLES
         if not 1 <= len(self.channels) <= 6:
@@ -218,6 +250,7 @@ class SmallCnn(Detector, QueryEncoder):
         if n_segments == 0:
             raise ValueError(f"{log_mel.shape[1]} frames are fewer than a segment of {self.segment_frames}")
         h = self.norm(log_mel[:, : n_segments * self.segment_frames].transpose(1, 2)).transpose(1, 2)[:, None]
+        h = h.to(next(self.blocks.parameters()).dtype)
         for index, block in enumerate(self.blocks):
             h = block(h if index == 0 else F.avg_pool2d(h, 2))
         return h.mean(dim=3).transpose(1, 2)
@@ -241,8 +274,16 @@ class SmallCnn(Detector, QueryEncoder):
 
         Brought to length QUERY_LENGTH.
         """
-        h = self.features(self.log_mel(waveform))
+        h = self.segments(waveform)
         return QUERY_LENGTH * F.normalize(F.relu(self.fc(h.amax(dim=1) + h.mean(dim=1))), dim=1)
+
+    def segments(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch segments segment_dim"]:
+        """One per 2^blocks frames of 10 ms."""
+        return self.features(self.log_mel(waveform))
+
+    def conv_blocks(self) -> list[nn.Module]:
+        """As many as there are `channels`."""
+        return list(self.blocks)
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
         """What forward takes, from 32 kHz; at least one segment."""
@@ -250,7 +291,8 @@ class SmallCnn(Detector, QueryEncoder):
         return log_mel(pad_to(waveform, max(2, self.segment_frames - 1) * FRAME_SAMPLES))
 
 
-def _config(network: nn.Module) -> dict[str, Any]:
+def config_of(network: nn.Module) -> dict[str, Any]:
+    """What `save` writes beside the weights; ValueError for a network that is none of these."""
     if isinstance(network, SmallCnn):
         arguments = {
             "class_indices": network.class_indices,
@@ -265,7 +307,7 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 def save(network: nn.Module, directory: Path) -> None:
     """Write config.json and weights.safetensors, byte for byte the same for the same network."""
-    config = _config(network)
+    config = config_of(network)
     directory.mkdir(parents=True, exist_ok=True)
     weights = network if isinstance(network, SmallCnn) else network.network
     assert isinstance(weights, nn.Module)
@@ -287,6 +329,11 @@ def _load(directory: Path) -> nn.Module:
         case "PannsQueryEncoder":
             return PannsQueryEncoder(tensors).eval()
     raise ValueError(f"{directory / 'config.json'}: no class {config['class']!r}")
+
+
+def build_query_encoder(config: Mapping[str, Any]) -> QueryEncoder:
+    """A query encoder of the sizes that `config_of` tells, without its weights."""
+    return SmallCnn(**config["arguments"]) if config["class"] == "SmallCnn" else PannsQueryEncoder(None)
 
 
 def load_detector(directory: Path) -> Detector:

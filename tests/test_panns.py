@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import panns
+from pipeline import panns, upstreams
 from tests.golden import fill
 
 CLASSES = [3, 70, 400]
@@ -63,6 +63,22 @@ def test_the_query_encoder_gives_the_published_embedding(query_encoder):
         assert query_encoder.embed(golden["input"][:, :100]).isfinite().all()
     assert query.shape == (1, query_encoder.query_dim) == (1, 2048)
     torch.testing.assert_close(query, golden["embedding"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_upstream_hears_what_the_published_query_is_made_of(query_encoder, tmp_path):
+    panns.save(query_encoder, tmp_path)
+    config, state = upstreams.read("panns", {"weights": str(tmp_path)}, tmp_path)
+    upstream = upstreams.build("panns", **config).eval()
+    upstream.load_state_dict(state)
+    assert (upstream.dim, upstream.frames_per_step) == (2048, 32.0)
+    waveform = 0.1 * torch.randn(2, 64000, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        h = upstream.hidden(waveform)[0]
+        pooled = h.amax(dim=1) + h.mean(dim=1)
+        query = upstream.network.network.fc1(pooled).relu()
+        torch.testing.assert_close(query, query_encoder.embed(waveform), rtol=1e-5, atol=1e-5)
+    assert h.shape == (2, 6, 2048)
+    assert [len(group) > 0 for group in upstream.layer_groups()] == [True, True]
 
 
 def test_published_weights_are_frozen_and_ready_for_inference(query_encoder):
