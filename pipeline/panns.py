@@ -21,6 +21,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.devices import exact_float32
 from pipeline.features import (
     MEL_F_MAX,
     MEL_F_MIN,
@@ -175,7 +176,7 @@ class PannsQueryEncoder(QueryEncoder):
 
     def segments(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch segments segment_dim"]:
         """One per 0.32 s. Without dropout, also where it learns."""
-        with torch.autocast(waveform.device.type, enabled=False):
+        with torch.autocast(waveform.device.type, enabled=False), exact_float32():
             x = self.network.logmel_extractor(self.network.spectrogram_extractor(self._padded(waveform).float()))
             x = self.network.bn0(x.transpose(1, 3)).transpose(1, 3)
         blocks = self.conv_blocks()
@@ -288,7 +289,8 @@ class SmallCnn(Detector, QueryEncoder):
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
         """What forward takes, from 32 kHz; at least one segment."""
         # Reflection at the ends needs more than half a window, which is less than two frames.
-        return log_mel(pad_to(waveform, max(2, self.segment_frames - 1) * FRAME_SAMPLES))
+        with exact_float32():
+            return log_mel(pad_to(waveform, max(2, self.segment_frames - 1) * FRAME_SAMPLES))
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:

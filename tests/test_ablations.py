@@ -94,5 +94,6 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=r"experiment six differs from the workspace in more than value=6.0: see other"
         ):
-            again(some)
+            again([*some, Ablation("not run", ("value=1.0",), "")])
+    assert sorted((tmp_path / "runs.txt").read_text().split()) == ["4.0", "5.5", "6.0"]
     assert "| six | `value=6.0` | 6.00  | +1.00  | 1,234 | more |" in Path("reports/ablations.md").read_text()

@@ -88,10 +88,13 @@ def test_resunet(bf16):
     separates(moved(build, "resunet", **UNET, query_dim=8), bf16)
 
 
-@pytest.mark.parametrize("name", ["none", "random", "hubert", "wavlm", "data2vec"])
+@pytest.mark.parametrize("name", ["none", "random", "panns", "hubert", "wavlm", "data2vec"])
 def test_upstreams(name):
     if name in ("none", "random"):
         config = {"dim": 16}
+    elif name == "panns":
+        arguments = {"class_indices": [0], "channels": [4, 8], "embedding_dim": 8}
+        config = {"network": {"class": "SmallCnn", "arguments": arguments}}
     else:
         config = {"config": SMALL["config"], "normalise": True, "weights": "random"}
     upstream = moved(upstreams.build, name, **config)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import panns, upstreams
+from pipeline import panns, separators, upstreams
+from pipeline.devices import use_precision
 from pipeline.fbank import to_16k
 from pipeline.panns import SmallCnn
 from pipeline.upstreams import align, combine
 from pipeline.upstreams.mae import MaskedAutoencoder
+from tests.test_mae_resunet import SETTINGS, UNET
 
 CONVOLUTIONS = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -141,6 +143,47 @@ def test_gradients_reach_the_first_layer(name, pretrained):
     torch.stack([h.square().mean() for h in upstream.hidden(noise(16000))]).sum().backward()
     for group in upstream.layer_groups():
         assert any(p.grad is not None and p.grad.any() for p in group)
+
+
+@each_upstream
+def test_hearing_changes_no_statistics(name, pretrained):
+    """What does not move before `unfreeze_step` must not drift either: norms keep what they were trained with."""
+    upstream = make(name, pretrained).train()
+    before = {key: tensor.clone() for key, tensor in upstream.state_dict().items()}
+    upstream.hidden(noise(16000))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in upstream.state_dict().items())
+
+
+@each_upstream
+def test_no_front_end_is_rounded(name, pretrained, monkeypatch):
+    """Ten bits of mantissa are heard in a log-mel of quiet frames. A front end is known by its Fourier transform."""
+    upstream, seen = make(name, pretrained), []
+    plain = torch.stft, torch.fft.rfft
+
+    def note(transform):
+        def noted(*arguments, **options):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return transform(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(torch, "stft", note(plain[0]))
+    monkeypatch.setattr(torch.fft, "rfft", note(plain[1]))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    use_precision("tf32")
+    try:
+        upstream.hidden(noise(16000))
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    assert set(seen) <= {(False, False)}
+    assert seen or name not in ("mae", "panns", "dasheng")
+
+
+def test_adapters_are_refused_where_there_is_nothing_to_adapt():
+    network = {"class": "SmallCnn", "arguments": {"class_indices": [0], "channels": [4], "embedding_dim": 4}}
+    settings = {**SETTINGS, "upstream": "panns", "freeze_mae": False, "lora_rank": 2}
+    with pytest.raises(ValueError, match="upstream 'panns' has nothing for lora_rank to adapt"):
+        separators.build("mae_resunet", **UNET, query_dim=8, upstream_config={"network": network}, **settings)
 
 
 @pytest.mark.parametrize("name", ADAPTED)

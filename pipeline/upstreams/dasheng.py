@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import upstreams
 from pipeline.config import Params
+from pipeline.devices import exact_float32
 from pipeline.fbank import to_16k
 from pipeline.weights import read_tensors
 
@@ -53,6 +54,12 @@ class Upstream(upstreams.Upstream):
 
         return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
+    def train(self, mode: bool = True) -> "Upstream":
+        """The norm of its input keeps the statistics that it was pretrained with."""
+        super().train(mode)
+        self.model.init_bn.eval()
+        return self
+
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
         """What each block gives, 25 times a second."""
         low = to_16k(waveform, upstreams.SAMPLE_RATE)
@@ -63,7 +70,7 @@ class Upstream(upstreams.Upstream):
             for block, place in zip(self.model.blocks, found, strict=True)
         ]
         try:
-            with torch.autocast(low.device.type, enabled=False):
+            with torch.autocast(low.device.type, enabled=False), exact_float32():
                 features = self.model.forward_to_spec(low)
             self.model.forward_spectrogram(features.to(self.model.norm.weight.dtype))
         finally:

@@ -47,6 +47,14 @@ class Upstream(upstreams.Upstream):
 
         return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
+    def train(self, mode: bool = True) -> "Upstream":
+        """The batch norms keep the statistics that they were trained with: a few mixtures at a time have others."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eval()
+        return self
+
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
         """One layer: the last block's, averaged over the mels. What is behind the last whole segment has no step."""
         return [self.network.segments(waveform)]
