@@ -64,14 +64,17 @@ def test_two_devices_are_told_apart():
         there(3) + torch.zeros(3)
 
 
-def separates(model, bf16):
+def devices_of_estimates(model, bf16):
+    """Of a part in training and in evaluation, and of whole mixtures with what queries share; and of their loss."""
+    found = []
     for network in (model.train(), model.eval()):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
             part = separate_part(network, there(2, SAMPLES), there(2, 8), slice(320, 320 + 9920))
-        assert losses.l1_loss(part.float(), there(2, 9920)).device.type == "cuda"
+        found += [part, losses.l1_loss(part.float(), there(2, 9920))]
     with torch.inference_mode():
         shared = model.shared(there(2, SAMPLES)) if hasattr(model, "shared") else {}
-        assert model(there(2, SAMPLES), there(2, 8), **shared).device.type == "cuda"
+        found.append(model(there(2, SAMPLES), there(2, 8), **shared))
+    return [estimate.device.type for estimate in found]
 
 
 @precisions
@@ -80,12 +83,13 @@ def separates(model, bf16):
 def test_mae_resunet(fusion, mae_input, bf16):
     settings = {**SETTINGS, "fusion": fusion, "mae_input": mae_input, "freeze_mae": False}
     config = {**MAE, "mae_input": mae_input, "drop_path": 0.1}
-    separates(moved(build, "mae_resunet", **UNET, query_dim=8, upstream_config=config, **settings), bf16)
+    separator = moved(build, "mae_resunet", **UNET, query_dim=8, upstream_config=config, **settings)
+    assert devices_of_estimates(separator, bf16) == ["cuda"] * 5
 
 
 @precisions
 def test_resunet(bf16):
-    separates(moved(build, "resunet", **UNET, query_dim=8), bf16)
+    assert devices_of_estimates(moved(build, "resunet", **UNET, query_dim=8), bf16) == ["cuda"] * 5
 
 
 @pytest.mark.parametrize("name", ["none", "random", "panns", "hubert", "wavlm", "data2vec"])
