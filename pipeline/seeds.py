@@ -39,7 +39,7 @@ from dvc.exceptions import DvcException  # type: ignore[import-untyped]
 from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 
-from pipeline.ablations import BASELINE, Ablation, check_same_but, finished, run
+from pipeline.ablations import BASELINE, Ablation, check_same_but, finished, params_of, run
 from pipeline.config import Params, load_params
 from pipeline.reporting.scores import TOLERANCE_DB, read_scores
 from pipeline.reporting.statistics import AGGREGATES, cluster_bootstrap, finite_mean, interval
@@ -274,7 +274,7 @@ def from_experiments(scores: Path) -> dict[int, dict[str, pd.DataFrame]]:
     ValueError where an experiment differs from the workspace in more than its seed.
     """
     own = load_params("train", SeedParams).seed
-    runs = {own: read_run(scores)}
+    runs, workspace = {own: read_run(scores)}, params_of(None)
     for name, reference in sorted(finished().items()):
         if not re.fullmatch(r"seed-[0-9]+", name):
             continue
@@ -282,7 +282,7 @@ def from_experiments(scores: Path) -> dict[int, dict[str, pd.DataFrame]]:
         if seed == own:
             log.info("%s: the workspace's own run stands for it", name)
             continue
-        check_same_but(_training(seed), reference)
+        check_same_but(_training(seed), reference, workspace)
         with tempfile.TemporaryDirectory() as folder:
             _fetch(reference, name, scores, Path(folder))
             runs[seed] = read_run(Path(folder))
