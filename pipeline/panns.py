@@ -163,7 +163,7 @@ class PannsQueryEncoder(QueryEncoder):
     """
 
     network: Any
-    segment_frames = 32
+    segment_frames = PannsDetector.SEGMENT_FRAMES
 
     def __init__(self, tensors: Mapping[str, Tensor] | None) -> None:
         super().__init__()
