@@ -27,6 +27,7 @@ from pipeline.losses import l1_loss
 from pipeline.mixing import energy, energy_gain, mix
 from pipeline.panns import Detector, PannsDetector, PannsQueryEncoder, QueryEncoder, SmallCnn, panns_models, to_frames
 from pipeline.separators import build
+from pipeline.training import build_optimizer
 
 SEGMENT_FRAMES, SMOOTHING_FRAMES, FRAME = 200, 201, 320
 CLIP_SAMPLES, SEGMENT_SAMPLES = 10 * SAMPLE_RATE, SEGMENT_FRAMES * FRAME
@@ -127,12 +128,14 @@ def main() -> None:
         queries = encoder.embed(anchors)
 
     networks = {"plain fp32": PlainSeparator(new()).to(device), "ours fp32": new(), "ours bf16": new()}
-    optimizers = {
-        name: torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad], 1e-3, weight_decay=0, amsgrad=True
-        )
-        for name, network in networks.items()
-    }
+
+    def optimizer(name: str) -> torch.optim.Optimizer:
+        learned = [p for p in networks[name].parameters() if p.requires_grad]
+        if name.startswith("ours"):
+            return build_optimizer("adamw", learned, 1e-3)
+        return torch.optim.AdamW(learned, 1e-3, weight_decay=0, amsgrad=True)
+
+    optimizers = {name: optimizer(name) for name in networks}
     mixture, _ = mixtures(anchors)
     with torch.no_grad():
         theirs, ours = (networks[name].eval()(mixture, queries) for name in ("plain fp32", "ours fp32"))

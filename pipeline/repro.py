@@ -1,15 +1,15 @@
 """`make repro`: what `dvc repro` does, with stages that do not wait for each other side by side.
 
     python -m pipeline.repro                    # everything, two stages at a time
-    python -m pipeline.repro --jobs 1 report    # one at a time, the targets of `dvc repro`
+    python -m pipeline.repro --jobs 4 report    # four, and the targets of `dvc repro`; with 1 it is `dvc repro`
 
 DVC runs one stage after the other. On a CPU that leaves cores idle: two small trainings on one core each get a third
 more done than one after the other on both, and what every stage spends on starting up needs one core only. Each job
 gets its share of the cores, by OMP_NUM_THREADS and USS_WORKERS where the environment does not set them.
 
-What is to be run, and whether it really has changed, is DVC's to say: `dvc status` first, then `dvc repro --single-item`
-for a stage as soon as those that it waits for are done. The jobs share dvc.lock, and wait for DVC's own
-lock. A stage that fails starts no other; those that run beside it end first, as with `make -j`.
+What is to be run, and whether it really has changed, is DVC's to say: `dvc status` first, then for a stage, as soon as
+those that it waits for are done, `dvc repro --single-item`. The jobs share dvc.lock, and wait for DVC's own lock. A
+stage that fails starts no other; those that run beside it end first, as with `make -j`.
 """
 
 import argparse
@@ -154,10 +154,14 @@ def main() -> None:
     """Exit with 1 where a stage failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages, as for `dvc repro`; none: all")
-    parser.add_argument("--jobs", type=int, default=2, help="stages at a time (2); 1 for a GPU that one of them fills")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="stages at a time (2); 1, where one of them fills the GPU or the memory"
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not 1 or more")
+    if args.jobs == 1:
+        os.execv(sys.executable, [sys.executable, "-m", "dvc", "repro", *args.targets])
     waits_for = plan(args.targets)
     if not waits_for:
         print("Data and pipelines are up to date.")

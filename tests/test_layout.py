@@ -25,7 +25,7 @@ LAYERS = [
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},
     {"mixit"},
-    {"stages", "gate", "ablations", "unpack"},
+    {"stages", "gate", "ablations", "unpack", "repro"},
     {"seeds"},
 ]
 OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py"}
