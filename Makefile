@@ -11,7 +11,7 @@ repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `
 	python -m pipeline.repro --jobs $(JOBS)
 
 ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours
-	python -m pipeline.ablations
+	python -m pipeline.ablations --jobs $(JOBS)
 	dvc repro --force --single-item report
 
 test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
