@@ -1,17 +1,16 @@
 # Each target sets the environment up when it is not there: a .venv with the locked packages.
 PYTHON ?= python3
-JOBS ?= 2
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
 .PHONY: repro ablations test test-fast check gate format lock benchmarks clean
 
-repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, JOBS stages at a time
-	python -m pipeline.repro --jobs $(JOBS)
+repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS
+	python -m pipeline.repro $(if $(JOBS),--jobs $(JOBS))
 
 ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours
-	python -m pipeline.ablations --jobs $(JOBS)
+	python -m pipeline.ablations
 	dvc repro --force --single-item report
 
 test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included

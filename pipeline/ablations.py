@@ -16,11 +16,9 @@ import csv
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
 from pipeline.reporting.tables import db, interval
-from pipeline.repro import share_of_cores
 from pipeline.runtime import write_atomic
 
 log = logging.getLogger(__name__)
@@ -85,6 +82,10 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def _dvc(*arguments: str) -> str:
+    return _run(sys.executable, "-m", "dvc", *arguments)
+
+
 def finished() -> dict[str, str]:
     """Git references of the experiments of this commit, by name."""
     head = _run("git", "rev-parse", "HEAD").strip()
@@ -119,34 +120,24 @@ def params_of(revision: str | None) -> dict[str, Any]:
     return dict(dvc.api.params_show("params.yaml", rev=revision))
 
 
-def run(ablations: Sequence[Ablation], jobs: int = 1) -> None:
+def run(ablations: Sequence[Ablation]) -> None:
     """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on.
 
-    `jobs` at a time, each on its share of the cores, as `make repro` does it: on as many threads as the models that
-    they are compared with. ValueError where this commit has one of another params.yaml.
+    ValueError where this commit has one of another params.yaml.
     """
     references, workspace = finished(), params_of(None)
     for ablation in ablations:  # all of them before any is run, which takes hours
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
-    environment = (share_of_cores(jobs) if jobs > 1 else {}) | dict(os.environ)
-
-    def run_one(ablation: Ablation) -> None:
-        settings = [part for setting in ablation.settings for part in ("-S", setting)]
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", ablation.name]
-        code = subprocess.run([*command, *settings], env=environment, stdout=subprocess.DEVNULL).returncode
-        if code == 0:
+    for ablation in ablations:
+        if ablation.name in references:
             log.info("%s: done", ablation.name)
-        else:
-            log.error("%s failed (%d): %s", ablation.name, code, ablation.command)
-
-    missing = [ablation for ablation in ablations if ablation.name not in references]
-    log.info("%d of %d are there", len(ablations) - len(missing), len(ablations))
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        list(pool.map(run_one, missing))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt starts no other
+            continue
+        settings = [part for setting in ablation.settings for part in ("-S", setting)]
+        try:
+            _dvc("exp", "run", "--temp", "--name", ablation.name, *settings)
+        except subprocess.CalledProcessError as error:
+            log.error("%s failed (%d): %s", ablation.name, error.returncode, ablation.command)
 
 
 def row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:
@@ -206,7 +197,6 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--collect", action="store_true", help="only write the tables")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
-    parser.add_argument("--jobs", type=int, default=2, help="at a time (2), as of `make repro`")
     args = parser.parse_args()
     unknown = set(args.only or ()) - {ablation.name for ablation in ABLATIONS}
     if unknown:
@@ -217,7 +207,7 @@ def main() -> None:
             print(f"{ablation.command:<70}# {ablation.why}")
         return
     if not args.collect:
-        run(chosen, args.jobs)
+        run(chosen)
     if not finished():
         parser.exit(1, "this commit has no finished ablation: reports/ablations.* stay as they are\n")
     for found in collect(ABLATIONS, Path("reports")):

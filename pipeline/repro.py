@@ -1,6 +1,6 @@
 """`make repro`: what `dvc repro` does, with stages that do not wait for each other side by side.
 
-    python -m pipeline.repro                    # everything, two stages at a time
+    python -m pipeline.repro                    # everything, two stages at a time; with a GPU one
     python -m pipeline.repro --jobs 4 report    # four, and the targets of `dvc repro`; with 1 it is `dvc repro`
 
 DVC runs one stage after the other. On a CPU that leaves cores idle: two small trainings on one core each get a third
@@ -20,7 +20,9 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from types import FrameType
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -134,16 +136,24 @@ class Jobs:
             self.stopped = True
             for process in self.processes:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
+                    with suppress(ProcessLookupError):  # ended in between
+                        os.killpg(process.pid, signal.SIGTERM)
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver is there. Asked of it and not of torch, whose import takes seconds."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def share_of_cores(jobs: int) -> dict[str, str]:
     """What tells each of so many jobs how many threads and processes it may have.
 
-    One core is used by the stage's own process: a worker beside it would only have to start first.
+    One core is used by the stage's own process: a worker beside it would only have to start first. With a GPU the
+    stages choose their processes themselves, one for networks.
     """
     share = max(1, cpu_count() // jobs)
-    return {"OMP_NUM_THREADS": str(share), "USS_WORKERS": str(share) if share > 1 else "0"}
+    workers = {} if has_gpu() else {"USS_WORKERS": str(share) if share > 1 else "0"}
+    return {"OMP_NUM_THREADS": str(share)} | workers
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -155,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages, as for `dvc repro`; none: all")
     parser.add_argument(
-        "--jobs", type=int, default=2, help="stages at a time (2); 1, where one of them fills the GPU or the memory"
+        "--jobs", type=int, default=1 if has_gpu() else 2, help="stages at a time: 2, or 1 with a GPU, which one fills"
     )
     args = parser.parse_args()
     if args.jobs < 1:
@@ -167,7 +177,9 @@ def main() -> None:
         print("Data and pipelines are up to date.")
         return
     jobs = Jobs(len(waits_for), share_of_cores(args.jobs) | dict(os.environ))
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _end)
     try:
         failed = run_side_by_side(waits_for, jobs.run, args.jobs)
     except BaseException:

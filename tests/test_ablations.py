@@ -40,7 +40,7 @@ def test_every_value_fits_the_settings():
 
 
 STAGE = """\
-import json, os, pathlib, time
+import json, pathlib
 from ruamel.yaml import YAML
 value = YAML(typ="safe").load(pathlib.Path("params.yaml"))["value"]
 pathlib.Path("reports").mkdir(exist_ok=True)
@@ -49,15 +49,8 @@ pathlib.Path("reports/metrics.json").write_text(json.dumps({
     "mae_resunet.average.vs_resunet.sdri_class_median_mean": value - 5,
     "mae_resunet.n_parameters": 1234,
 }))
-here = pathlib.Path(__file__).parent
-with open(here / "runs.txt", "a") as file:
+with open(pathlib.Path(__file__).parent / "runs.txt", "a") as file:
     file.write(f"{value}\\n")
-if value in (1.0, 2.0):  # each waits until the other one has begun
-    (here / f"begun.{value}").write_text(os.environ["OMP_NUM_THREADS"])
-    until = time.monotonic() + 60
-    while not (here / f"begun.{3 - value}").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 """
 
 
@@ -103,11 +96,4 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
         ):
             again([*some, Ablation("not run", ("value=1.0",), "")])
     assert sorted((tmp_path / "runs.txt").read_text().split()) == ["4.0", "5.5", "6.0"]
-
-    (project / "params.yaml").write_text("value: 5.5\n")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("pipeline.repro.cpu_count", lambda: 6)
-    ablations.run([Ablation("one", ("value=1.0",), ""), Ablation("two", ("value=2.0",), "")], jobs=2)
-    assert {"one", "two", "four", "six"} == set(ablations.finished())
-    assert (tmp_path / "begun.1.0").read_text() == "3"
     assert "| six | `value=6.0` | 6.00  | +1.00  | 1,234 | more |" in Path("reports/ablations.md").read_text()

@@ -430,7 +430,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
         [
             "Peaks of the whole training. The source report's minutes are of its own machine, and what an epoch holds "
             "is not said there: of a fixed corpus it should take a convolutional network the same time at any length. "
-            "Seconds per hour of audio can be compared.",
+            "Seconds per hour of audio can be compared, where no other stage ran beside one of them.",
             "It says that training takes 20 to 30 % less time; its figures give 26, 21 and 18 %. That memory falls by "
             "up to 4 GB stands in no table. A Conv-TasNet of the usual 16-sample window needs 35 GiB for its batch of "
             "4 at 5 s already; that it ran up to 10 s and not at 30 s fits a window of about 2.5 ms.",
