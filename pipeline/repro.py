@@ -4,8 +4,9 @@
     python -m pipeline.repro --jobs 4 report    # four, and the targets of `dvc repro`; with 1 it is `dvc repro`
 
 DVC runs one stage after the other. On a CPU that leaves cores idle: two small trainings on one core each get a fifth
-to a third more done than one after the other on both, and what every stage spends on starting up needs one core only. Each job
-gets its share of the cores, by OMP_NUM_THREADS and USS_WORKERS where the environment does not set them.
+to a third more done than one after the other on both (`benchmarks/side_by_side.py`), and what every stage spends on
+starting up needs one core only. Each job gets its share of the cores, by OMP_NUM_THREADS and USS_WORKERS where the
+environment does not set them.
 
 What is to be run, and whether it really has changed, is DVC's to say: `dvc status` first, then for a stage, as soon as
 those that it waits for are done, `dvc repro --single-item`. The jobs share dvc.lock, and wait for DVC's own lock. A
