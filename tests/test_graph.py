@@ -34,14 +34,18 @@ def environment(directory):
     }
 
 
-def dvc(directory, *arguments):
+def module(directory, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", *arguments],
         cwd=directory,
         env=environment(directory),
         capture_output=True,
         text=True,
     )
+
+
+def dvc(directory, *arguments):
+    return module(directory, "dvc", *arguments)
 
 
 def digests(directory, outs):
@@ -72,13 +76,7 @@ def project(tmp_path_factory):
         params = params.replace(old, new)  # several parts in a stage, hence several workers
     (directory / "params.yaml").write_text(params)
     assert dvc(directory, "init", "--no-scm", "-q").returncode == 0
-    result = subprocess.run(
-        [sys.executable, "-m", "pipeline.repro", "--jobs", "2"],
-        cwd=directory,
-        env=environment(directory),
-        capture_output=True,
-        text=True,
-    )
+    result = module(directory, "pipeline.repro", "--jobs", "2")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return directory
 
