@@ -225,8 +225,8 @@ def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    # A stage of less than a second may be over by then.
-    assert process.returncode == -signal.SIGKILL or seconds < 1
+    # A short stage may be over by then: beside another one, as it was timed, it takes up to three times as long.
+    assert process.returncode == -signal.SIGKILL or seconds < 2
 
     again = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
