@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Params
 from pipeline.separators import resunet
-from pipeline.separators.resunet import FRAMES_MULTIPLE
+from pipeline.separators.resunet import FRAMES_MULTIPLE, Pointwise
 from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine, names
 
 Fusion = Literal["freq", "channel", "deep", "film", "attention", "none"]
@@ -121,7 +121,7 @@ class Separator(resunet.Separator):
         n_bins = n_fft // 2
         if fusion == "channel":
             self.project = nn.Linear(dim, n_bins)
-            enter = nn.Conv2d(2, channels[0], 1)
+            enter = Pointwise(2, channels[0])
             with torch.no_grad():
                 enter.weight[:, :1] = self.unet.enter.weight
                 enter.bias.copy_(self.unet.enter.bias)  # type: ignore[union-attr, arg-type]

@@ -88,6 +88,22 @@ class DecoderBlock(nn.Module):
         return self.block(torch.cat([h, skip], dim=1), query)
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as a matrix product, channels innermost in its result.
+
+    On a CPU that takes a fifth of the time where there is one channel to read, and what follows is spared a copy.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "batch in_channels frames bins"]
+    ) -> Float[Tensor, "batch out_channels frames bins"]:
+        """Keep frames and bins, change the channels."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+
+
 class UNet(nn.Module):
     """Six encoders, a bottleneck and six decoders on a time-frequency plane of any number of input channels.
 
@@ -99,7 +115,7 @@ class UNet(nn.Module):
         self, in_channels: int, out_channels: int, channels: Sequence[int], query_dim: int, norm_momentum: float
     ) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(in_channels, channels[0], 1)
+        self.enter = Pointwise(in_channels, channels[0])
         # Deep to shallow, a decoder gives back the width of the encoder that it joins, one level up.
         widths = [channels[0], *channels]
         self.encoders = nn.ModuleList(
@@ -124,9 +140,7 @@ class UNet(nn.Module):
         `join(level, h)` may add to what goes into the next encoder after `level` of them, or at 6 into the bottleneck:
         (batch, channels[level - 1], frames / 2^min(level, 5), bins / 2^level).
         """
-        # As a matrix product: a 1x1 convolution of so few channels takes five times as long on a CPU, and leaves them
-        # outermost.
-        h = F.linear(x.permute(0, 2, 3, 1), self.enter.weight[:, :, 0, 0], self.enter.bias).permute(0, 3, 1, 2)
+        h = self.enter(x)
         skips = []
         for level, (encoder, stride) in enumerate(zip(self.encoders, STRIDES, strict=True), start=1):
             skips.append(encoder(h, query))
