@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from pipeline import panns, shards
 from pipeline.anchors import AnchorIndex, AnchorReader
@@ -37,8 +38,7 @@ from pipeline.stages.mine_anchors import AudioParams, MineAnchorsParams, load_ne
 
 SAMPLE_RATE, N_CLASSES = 32000, 24
 CHANNELS, EMBEDDING_DIM = [16, 32, 64, 128], 128
-# (name, clips, steps, batch): params.yaml's order of size, and the paper's
-RUNS = [("default", 400, 400, 16), ("paper", 20_550, 600_000, 16)]
+PAPER = ("paper", 20_550, 600_000, 16)  # clips, steps, batch
 
 
 def write_corpus(directory: Path, n_clips: int) -> None:
@@ -124,7 +124,12 @@ def main() -> None:
             reader.queries(targets)
 
         mine_step(1)
-        for name, corpus, steps, batch in RUNS:
+        ours = yaml.safe_load(Path("params.yaml").read_text())
+        n_train = N_CLASSES * ours["synthetic"]["train_clips_per_class"]
+        for name, corpus, steps, batch in [
+            ("default", n_train, ours["train"]["steps"], ours["train"]["batch_size"]),
+            PAPER,
+        ]:
             remine, read = seconds(partial(mine_step, batch), 10), seconds(partial(read_step, batch), 50)
             ratio = steps * remine / (corpus * per_clip + steps * read)
             print(

@@ -46,6 +46,9 @@ class PlainSeparator(nn.Module):
         self.separator, self.magphase = separator, magphase
         sizes = {"n_fft": separator.n_fft, "hop_length": separator.hop_length, "freeze_parameters": True}
         self.stft, self.istft = STFT(**sizes), ISTFT(**sizes)
+        enter = nn.Conv2d(1, separator.unet.enter.out_channels, 1)
+        enter.load_state_dict(separator.unet.enter.state_dict())
+        separator.unet.enter = enter
         for module in separator.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.weight.data = module.weight.data.contiguous()

@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
 from pipeline.reporting.tables import db, interval
+from pipeline.repro import default_jobs, share_of_cores
 from pipeline.runtime import write_atomic
 
 log = logging.getLogger(__name__)
@@ -82,10 +84,6 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _dvc(*arguments: str) -> str:
-    return _run(sys.executable, "-m", "dvc", *arguments)
-
-
 def finished() -> dict[str, str]:
     """Git references of the experiments of this commit, by name."""
     head = _run("git", "rev-parse", "HEAD").strip()
@@ -123,21 +121,25 @@ def params_of(revision: str | None) -> dict[str, Any]:
 def run(ablations: Sequence[Ablation]) -> None:
     """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on.
 
-    ValueError where this commit has one of another params.yaml.
+    On as many threads as the models of `make repro` that they are compared with, where OMP_NUM_THREADS does not say:
+    the last bits of sums depend on it, and a short training makes tenths of a dB of them. ValueError where this commit
+    has one of another params.yaml.
     """
     references, workspace = finished(), params_of(None)
     for ablation in ablations:  # all of them before any is run, which takes hours
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
+    threads = share_of_cores(default_jobs())["OMP_NUM_THREADS"]
+    environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
     for ablation in ablations:
         if ablation.name in references:
             log.info("%s: done", ablation.name)
             continue
         settings = [part for setting in ablation.settings for part in ("-S", setting)]
-        try:
-            _dvc("exp", "run", "--temp", "--name", ablation.name, *settings)
-        except subprocess.CalledProcessError as error:
-            log.error("%s failed (%d): %s", ablation.name, error.returncode, ablation.command)
+        command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", ablation.name, *settings]
+        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+        if code != 0:
+            log.error("%s failed (%d): %s", ablation.name, code, ablation.command)
 
 
 def row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:

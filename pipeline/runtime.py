@@ -373,8 +373,8 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     """Run a stage: logging on, alone on `out`, ended by SIGTERM or its parent's death as by an exception.
 
     Raises AlreadyRunning, naming the other process, when another one works on `out`. Writes what the stage took to
-    data/timings/<stage>.json once it has succeeded: seconds, and the peak memory of this process and of its largest
-    child in bytes, and what the stage adds to the mapping that it is given.
+    data/timings/<stage>.json once it has succeeded: seconds, the peak memory of this process and of its largest child
+    in bytes, the threads that it might use, and what the stage adds to the mapping that it is given.
     """
     _check_name(stage)
     told: dict[str, float] = {}
@@ -397,7 +397,13 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
         resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    timing = {"seconds": round(seconds, 3), "peak_rss_bytes": peak, "peak_rss_child_bytes": peak_child}
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cpu_count())
+    timing = {
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak,
+        "peak_rss_child_bytes": peak_child,
+        "threads": threads,
+    }
     write_json(Path("data") / "timings" / f"{stage}.json", timing | told)
     logger.info("%s: %.1f s, %.0f MB", stage, seconds, peak / 1e6)
 

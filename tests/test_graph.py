@@ -209,24 +209,32 @@ def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name
     timing = name.replace("resample@", "resample_").replace("train_mae_", "train_").replace("evaluate_mae", "evaluate")
     timing = timing.replace("mixit_anchors@", "mixit@")
     seconds = json.loads((project / "data" / "timings" / f"{timing}.json").read_text())["seconds"]
-    if name in ("scan", "index_music"):  # these make their corpus
-        shutil.rmtree(project / "data" / ("synthetic" if name == "scan" else "music/synthetic"))
-    for out in outs:
-        path = project / out
-        shutil.rmtree(path) if path.is_dir() else path.unlink()  # as DVC does
 
-    with (project / "log").open("w") as file:
-        process = subprocess.Popen(command, cwd=project, env=environment(project), stderr=file, start_new_session=True)
-        # The clock starts when the imports are done: that is when the stage takes its lock.
-        locks = project / "data" / "scratch" / "locks"
-        while process.poll() is None and not holds_a_lock(process.pid, locks):
-            time.sleep(0.01)
-        time.sleep(0.3 * seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    # A short stage may be over by then: beside another one, as it was timed, it takes up to three times as long.
-    assert process.returncode == -signal.SIGKILL or seconds < 2
+    def remove_outputs():
+        if name in ("scan", "index_music"):  # these make their corpus
+            shutil.rmtree(project / "data" / ("synthetic" if name == "scan" else "music/synthetic"), ignore_errors=True)
+        for out in outs:
+            path = project / out
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # as DVC does
+
+    def killed_after(delay):
+        remove_outputs()
+        with (project / "log").open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=project, env=environment(project), stderr=file, start_new_session=True
+            )
+            # The clock starts when the imports are done: that is when the stage takes its lock.
+            locks = project / "data" / "scratch" / "locks"
+            while process.poll() is None and not holds_a_lock(process.pid, locks):
+                time.sleep(0.01)
+            time.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return process.returncode == -signal.SIGKILL
+
+    # Timed beside another stage, it may be over sooner by itself: then it is killed earlier.
+    assert any(killed_after(seconds * share) for share in (0.3, 0.1, 0.02, 0.0))
 
     again = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -25,7 +25,8 @@ LAYERS = [
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},
     {"mixit"},
-    {"stages", "gate", "ablations", "unpack", "repro"},
+    {"stages", "gate", "unpack", "repro"},
+    {"ablations"},
     {"seeds"},
 ]
 OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py"}

@@ -39,9 +39,8 @@ FUSIONS = ["freq", "channel", "deep", "film", "attention", "none"]
 
 def build(seed=0, **changes):
     settings = {**SETTINGS, **changes}
-    config = {**SIZES, "mae_input": settings["mae_input"]}
-    if settings["upstream"] != "mae":
-        config = {"dim": SIZES["dim"]}
+    sizes = SIZES if settings["upstream"] == "mae" else {"dim": SIZES["dim"]}
+    config = {**sizes, "mae_input": settings["mae_input"]}
     torch.manual_seed(seed)
     return separators.build("mae_resunet", query_dim=8, upstream_config=config, **UNET, **settings)
 

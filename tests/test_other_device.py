@@ -95,7 +95,7 @@ def test_resunet(bf16):
 @pytest.mark.parametrize("name", ["none", "random", "panns", "hubert", "wavlm", "data2vec"])
 def test_upstreams(name):
     if name in ("none", "random"):
-        config = {"dim": 16}
+        config = {"dim": 16, "mae_input": "crop"}
     elif name == "panns":
         arguments = {"class_indices": [0], "channels": [4, 8], "embedding_dim": 8}
         config = {"network": {"class": "SmallCnn", "arguments": arguments}}

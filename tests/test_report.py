@@ -29,7 +29,7 @@ from pipeline.reporting.statistics import (
     weighted_median,
     wilcoxon_p,
 )
-from pipeline.stages.report import Places, Settings, main, read_examples, report
+from pipeline.stages.report import Places, Settings, _rerun, main, read_examples, report
 
 RATE = 32000
 PARAMS = """\
@@ -821,6 +821,21 @@ def test_provenance_knows_commits_changes_and_profiles(tmp_path):
     assert code(tmp_path)["changed_files"] == ["params.yaml"]
     assert profile(tmp_path, tmp_path / "params.yaml") is None
     assert profile(tmp_path, tmp_path / "profiles" / "tiny.yaml") == "profiles/tiny.yaml"
+
+
+def test_a_run_is_given_again_on_its_threads():
+    found = {"code": {"revision": "abc", "changed_files": []}, "params": {"profile": None}, "hardware": {"gpus": []}}
+    assert "\nOMP_NUM_THREADS=1 make repro\n" in _rerun(found | {"training_threads": [1]})
+    assert "\nmake repro\n" in _rerun(found | {"training_threads": [1, 2]})
+    assert "\nmake repro\n" in _rerun(found | {"training_threads": [1], "hardware": {"gpus": ["H200"]}})
+
+
+def test_what_half_of_the_mixture_beats_is_named():
+    key = "sdri_class_median_mean"
+    rows = [tables.Row(name, "average", {key: value}) for name, value in (("good", 3.5), ("bad", 2.7))]
+    assert tables.below_half(rows) == []
+    (text,) = tables.below_half([*rows, tables.Row(tables.HALF_MIXTURE, tables.DASH, {key: 3.01})])
+    assert text.startswith("bad, average query: its SDRi of 2.70 dB is below the 3.01 dB of half of the mixture")
 
 
 def test_the_data_hash_changes_with_the_data(tmp_path):

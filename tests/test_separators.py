@@ -221,6 +221,22 @@ def test_a_size_that_does_not_fit_is_refused(change, message):
         resunet.Separator(query_dim=2, **(TINY["resunet"] | change))
 
 
+@pytest.mark.parametrize("in_channels", [1, 2])
+def test_a_pointwise_product_is_a_convolution(in_channels):
+    torch.manual_seed(0)
+    ours, theirs = resunet.Pointwise(in_channels, 8), nn.Conv2d(in_channels, 8, 1)
+    theirs.load_state_dict(ours.state_dict())
+    one, two = (randn(2, in_channels, 3, 5).requires_grad_() for _ in range(2))
+    found, expected = ours(one), theirs(two)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs.get_parameter(name).grad)
+
+
 def test_a_mask_never_amplifies():
     separator = tiny("resunet")
     mask = separator.mask(100 * randn(2, 3, 32, 64), frames=20)

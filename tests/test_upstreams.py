@@ -20,8 +20,8 @@ TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads":
 SMALL = {"weights": "random", "sha256": None, "config": {**TRANSFORMER, **CONVOLUTIONS}}
 OPTIONS = {
     "mae": {"mae_input": "crop", "drop_path": 0.0},
-    "none": {},
-    "random": {},
+    "none": {"mae_input": "crop"},
+    "random": {"mae_input": "crop"},
     "panns": {"weights": "the fixture's"},
     "hubert": SMALL,
     "distilhubert": SMALL,
@@ -88,11 +88,24 @@ def test_layers_and_steps(name, samples, pretrained):
         assert steps.isfinite().all()
         frames = align(steps, upstream.frames_per_step, samples // 320 + 1)
         assert frames.shape == (2, samples // 320 + 1, upstream.dim)
-    if name not in ("none", "random") and samples >= 16000:
+    if samples >= 16000:
         # The steps cover the mixture: no frame but those of the last moment has to repeat the last step. A query is of
         # whole segments.
         moment = upstream.frames_per_step if name == "panns" else 4
         assert steps.shape[1] * upstream.frames_per_step >= samples / 320 - moment
+
+
+@pytest.mark.parametrize("mae_input", ["pad1024", "crop", "hop35"])
+@pytest.mark.parametrize("samples", [10, 9920, 64000, 64123, 327679, 327681, 328320, 640001])
+def test_features_without_information_have_the_steps_of_the_a_mae(mae_input, samples, pretrained):
+    options = {"mae_input": mae_input, "drop_path": 0.0}
+    ours, theirs = [], []
+    for name in ("mae", "random", "none"):
+        config, _ = upstreams.read(name, options, pretrained)
+        upstream = upstreams.build(name, **config).eval()
+        steps = upstream.to_steps(upstream.hidden(noise(samples))[-1])
+        (theirs if name == "mae" else ours).append((steps.shape, upstream.frames_per_step))
+    assert ours == 2 * theirs
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -272,7 +285,7 @@ def test_an_unknown_upstream_is_refused_with_the_known_ones():
 
 
 def test_weighted_layers_do_not_drown_in_the_last():
-    upstream = upstreams.build("none", dim=4)
+    upstream = upstreams.build("none", dim=4, mae_input="crop")
     hidden = [torch.randn(1, 3, 4), 1000 * torch.randn(1, 3, 4)]
     found = combine(upstream, hidden, "weighted", torch.zeros(2))
     normed = [torch.nn.functional.layer_norm(h, (4,)) for h in hidden]

@@ -179,8 +179,8 @@ def limitations(source: str, normalize: str, one_clip_classes: int) -> list[str]
     if source == "synthetic":
         said.insert(
             0,
-            "The corpus is generated: tones, noises, pulses. The numbers show that the chain works and which of two "
-            "models is better at this; they are not comparable with any number on recordings.",
+            "The corpus is generated: tones, noises, pulses. The numbers show that the chain works; they are not "
+            "comparable with any number on recordings.",
         )
     if normalize == "separate":
         said.append(

@@ -18,14 +18,17 @@ LIBRARIES = ("torch", "numpy", "scipy", "soundfile", "soxr", "fast-bss-eval", "d
 _WRITTEN_BY_RUNS = ("reports", "dvc.lock", "data")
 
 
-def provenance(root: Path, params: Path, data: Iterable[Path]) -> dict[str, Any]:
-    """Everything needed to say which run this was. `root` is the checkout; `data` the manifests that name the data."""
+def provenance(root: Path, params: Path, data: Iterable[Path], threads: Iterable[int]) -> dict[str, Any]:
+    """Everything needed to say which run this was. `root` is the checkout; `data` the manifests that name the data.
+
+    `threads` are those of each training: the last bits of trained weights depend on them.
+    """
     return {
         "code": code(root),
         "params": {"sha256": sha256_file(params), "profile": profile(root, params)},
-        "dvc_lock_sha256": sha256_file(root / "dvc.lock") if (root / "dvc.lock").is_file() else None,
         "data_sha256": data_hash(data),
         "hardware": hardware(),
+        "training_threads": sorted(set(threads)),
         "versions": versions(),
     }
 

@@ -106,6 +106,20 @@ def difference_rows(metrics: Mapping[str, int | float], models: Sequence[str], q
     return rows
 
 
+def below_half(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each of our rows that does not reach what half of the mixture scores by SDRi."""
+    key = "sdri_class_median_mean"
+    half = next((row.numbers[key] for row in rows if row.system == HALF_MIXTURE), None)
+    if half is None:
+        return []
+    return [
+        f"{row.system}, {row.query} query: its SDRi of {db(row.numbers[key])} dB is below the {db(half)} dB of half of "
+        "the mixture, with which nothing is separated."
+        for row in rows
+        if key in row.numbers and row.numbers[key] < half
+    ]
+
+
 def db(value: int | float | None, *, signed: bool = False) -> str:
     """A number of dB with two decimals and a true minus; a dash for None."""
     if value is None:
@@ -118,7 +132,7 @@ def db(value: int | float | None, *, signed: bool = False) -> str:
 
 def p_value(value: int | float) -> str:
     """A p with two digits; below 0.0001 its size is no news."""
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return "< 0.0001" if value < 1e-4 else f"{value:#.2g}"
 
 
 def interval(numbers: Mapping[str, int | float], key: str, *, signed: bool = False) -> str:

@@ -125,7 +125,6 @@ class Separator(resunet.Separator):
             with torch.no_grad():
                 enter.weight[:, :1] = self.unet.enter.weight
                 enter.bias.copy_(self.unet.enter.bias)  # type: ignore[union-attr, arg-type]
-            enter.weight.data = enter.weight.data.contiguous(memory_format=torch.channels_last)
             self.unet.enter = enter
         elif fusion == "deep":
             self.project = _silent(nn.Linear(dim, channels[DEEP_LEVEL - 1]))

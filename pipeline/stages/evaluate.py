@@ -410,7 +410,7 @@ def _read_pairs(path: Path, reader: AnchorReader) -> pa.Table:
 def main() -> None:
     """Paths come from dvc.yaml, numbers from params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="an entry of `separators:`")
+    parser.add_argument("name", help="an entry of `separators:` or `mae_separators:`")
     parser.add_argument("--separator", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--anchors", type=Path, required=True)

@@ -365,9 +365,18 @@ def normalised_patches(target: Float[Tensor, "batch tokens 256"]) -> Float[Tenso
     return (target - mean) / (variance + 1e-6).sqrt()
 
 
-def n_paper_steps(samples: int) -> int:
-    """Steps of Zhao et al.'s reading: 32 for each 10.24 s of a 32-kHz waveform, begun ones included."""
-    return 32 * -(-samples // (upstreams.SAMPLE_RATE * MAX_FRAMES // 100))
+def n_frames(mae_input: MaeInput, samples: int) -> int:
+    """Rows of the filter bank that the encoder sees of so many samples at 16 kHz (see Upstream)."""
+    if mae_input == "pad1024":
+        whole = max(0, samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1
+        return -(-whole // MAX_FRAMES) * MAX_FRAMES
+    rows = -(-(samples // HOP_SAMPLES + 1) // 32) * 32  # what the U-Net pads its frames to
+    return rows if mae_input == "crop" else -(-rows // 7) * 32
+
+
+def n_steps(mae_input: MaeInput, samples: int) -> int:
+    """Steps that Upstream gives for a 32-kHz waveform."""
+    return n_frames(mae_input, -(-samples // 2)) // (PATCH if mae_input == "crop" else 2 * PATCH)
 
 
 class Upstream(upstreams.Upstream):
@@ -408,13 +417,11 @@ class Upstream(upstreams.Upstream):
         """The normalised filter bank of 32-kHz waveforms, as long as `mae_input` says."""
         low = to_16k(waveform, upstreams.SAMPLE_RATE)
         low = low - low.mean(dim=-1, keepdim=True)
-        rows = -(-(low.shape[-1] // HOP_SAMPLES + 1) // 32) * 32  # what the U-Net pads its frames to
+        frames = n_frames(self.mae_input, low.shape[-1])
         if self.mae_input == "pad1024":
             found = normalise(fbank(F.pad(low, (0, max(0, WINDOW_SAMPLES - low.shape[-1])))))
-            return F.pad(found, (0, 0, 0, -found.shape[1] % MAX_FRAMES), value=PADDING)
-        hop, frames = HOP_SAMPLES, rows
-        if self.mae_input == "hop35":
-            hop, frames = 35, -(-rows // 7) * 32
+            return F.pad(found, (0, 0, 0, frames - found.shape[1]), value=PADDING)
+        hop = 35 if self.mae_input == "hop35" else HOP_SAMPLES
         samples = WINDOW_SAMPLES + (frames - 1) * hop
         return normalise(fbank(F.pad(low, (0, max(0, samples - low.shape[-1])))[:, :samples], hop_samples=hop))
 
