@@ -28,7 +28,6 @@ import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
 from pipeline.reporting.tables import db, interval
-from pipeline.repro import default_jobs, share_of_cores
 from pipeline.runtime import write_atomic
 
 log = logging.getLogger(__name__)
@@ -118,19 +117,25 @@ def params_of(revision: str | None) -> dict[str, Any]:
     return dict(dvc.api.params_show("params.yaml", rev=revision))
 
 
+def threads_of_the_report(reports: Path) -> dict[str, str]:
+    """OMP_NUM_THREADS of the trainings in provenance.json; nothing where that is not known, or they differ."""
+    path = reports / "provenance.json"
+    threads = json.loads(path.read_bytes()).get("training_threads", []) if path.is_file() else []
+    return {"OMP_NUM_THREADS": str(threads[0])} if len(threads) == 1 else {}
+
+
 def run(ablations: Sequence[Ablation]) -> None:
     """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on.
 
-    On as many threads as the models of `make repro` that they are compared with, where OMP_NUM_THREADS does not say:
-    the last bits of sums depend on it, and a short training makes tenths of a dB of them. ValueError where this commit
-    has one of another params.yaml.
+    On as many threads as the models that they are compared with, where OMP_NUM_THREADS does not say: the last bits of
+    sums depend on it, and a short training makes tenths of a dB of them. ValueError where this commit has one of
+    another params.yaml.
     """
     references, workspace = finished(), params_of(None)
     for ablation in ablations:  # all of them before any is run, which takes hours
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
-    threads = share_of_cores(default_jobs())["OMP_NUM_THREADS"]
-    environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    environment = threads_of_the_report(Path("reports")) | dict(os.environ)
     for ablation in ablations:
         if ablation.name in references:
             log.info("%s: done", ablation.name)

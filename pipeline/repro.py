@@ -146,11 +146,6 @@ def has_gpu() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
-def default_jobs() -> int:
-    """Stages at a time where nobody says: 2, or 1 with a GPU, which one fills."""
-    return 1 if has_gpu() else 2
-
-
 def share_of_cores(jobs: int) -> dict[str, str]:
     """What tells each of so many jobs how many threads and processes it may have.
 
@@ -171,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages, as for `dvc repro`; none: all")
     parser.add_argument(
-        "--jobs", type=int, default=default_jobs(), help="stages at a time: 2, or 1 with a GPU, which one fills"
+        "--jobs", type=int, default=1 if has_gpu() else 2, help="stages at a time: 2, or 1 with a GPU, which one fills"
     )
     args = parser.parse_args()
     if args.jobs < 1:

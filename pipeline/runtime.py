@@ -397,12 +397,11 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
         resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    threads = int(os.environ.get("OMP_NUM_THREADS") or cpu_count())
     timing = {
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak,
         "peak_rss_child_bytes": peak_child,
-        "threads": threads,
+        "threads": thread_count(),
     }
     write_json(Path("data") / "timings" / f"{stage}.json", timing | told)
     logger.info("%s: %.1f s, %.0f MB", stage, seconds, peak / 1e6)
@@ -425,6 +424,12 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         _prctl(_PR_SET_PDEATHSIG, previous_death.value)
         signal.signal(signal.SIGTERM, previous)
+
+
+def thread_count() -> int:
+    """Threads that this process's sums may use: OMP_NUM_THREADS, whose first of several levels counts, or the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(said) if said.isdecimal() and int(said) else cpu_count()
 
 
 def cpu_count() -> int:

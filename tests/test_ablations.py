@@ -54,6 +54,13 @@ with open(pathlib.Path(__file__).parent / "runs.txt", "a") as file:
 """
 
 
+def test_experiments_take_the_threads_of_what_they_are_compared_with(tmp_path):
+    assert ablations.threads_of_the_report(tmp_path) == {}
+    for threads, expected in (([], {}), ([1], {"OMP_NUM_THREADS": "1"}), ([1, 2], {})):
+        (tmp_path / "provenance.json").write_text(json.dumps({"training_threads": threads}))
+        assert ablations.threads_of_the_report(tmp_path) == expected
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     project = tmp_path / "project"

@@ -210,15 +210,12 @@ def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name
     timing = timing.replace("mixit_anchors@", "mixit@")
     seconds = json.loads((project / "data" / "timings" / f"{timing}.json").read_text())["seconds"]
 
-    def remove_outputs():
+    def killed_after(delay):
         if name in ("scan", "index_music"):  # these make their corpus
             shutil.rmtree(project / "data" / ("synthetic" if name == "scan" else "music/synthetic"), ignore_errors=True)
         for out in outs:
             path = project / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # as DVC does
-
-    def killed_after(delay):
-        remove_outputs()
         with (project / "log").open("w") as file:
             process = subprocess.Popen(
                 command, cwd=project, env=environment(project), stderr=file, start_new_session=True

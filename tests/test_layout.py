@@ -25,8 +25,7 @@ LAYERS = [
     {"anchors", "sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores"},
     {"mixit"},
-    {"stages", "gate", "unpack", "repro"},
-    {"ablations"},
+    {"stages", "gate", "ablations", "unpack", "repro"},
     {"seeds"},
 ]
 OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py"}

@@ -375,3 +375,12 @@ def test_a_file_that_is_no_json_is_named(tmp_path, content):
         read_json(path)
     path.write_text('{"a": "ü"}', encoding="utf-8")
     assert read_json(path) == {"a": "ü"}
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("2,1", 2), (None, 5), ("", 5), ("0", 5), ("many", 5)])
+def test_threads_are_what_openmp_is_told_or_the_cores(said, threads, monkeypatch):
+    monkeypatch.setattr(runtime, "cpu_count", lambda: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert runtime.thread_count() == threads

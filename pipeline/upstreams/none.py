@@ -1,4 +1,4 @@
-"""No features: zeros of the width that A-MAE's have, so that a network of the same shapes learns without them."""
+"""No features: zeros of the shapes that A-MAE's have, so that a network of the same shapes learns without them."""
 
 from collections.abc import Mapping
 from pathlib import Path
