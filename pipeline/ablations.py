@@ -27,13 +27,14 @@ from typing import Any
 import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
+from pipeline.reporting.encoder import ABLATION_COLUMNS
 from pipeline.reporting.tables import db, interval
 from pipeline.runtime import write_atomic
 
 log = logging.getLogger(__name__)
 
 MODEL, BASELINE = "mae_resunet", "resunet"
-COLUMNS = ("name", "setting", "sdri", "interval", "difference", "difference_interval", "parameters", "why")
+DIFFERENCES = {"difference": "sdri_class_median_mean", "difference_of_means": "sdri_class_mean_mean"}
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,21 @@ def run(ablations: Sequence[Ablation]) -> None:
 
 def row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:
     """A line of the table from the metrics.json of one experiment."""
-    key = "sdri_class_median_mean"
+    key = DIFFERENCES["difference"]
     ours = {k.removeprefix(f"{MODEL}.average."): v for k, v in metrics.items() if k.startswith(f"{MODEL}.average.")}
     versus = f"vs_{BASELINE}."
     gain = {k.removeprefix(versus): v for k, v in ours.items() if k.startswith(versus)}
     parameters = metrics.get(f"{MODEL}.n_parameters")
+    differences = {}
+    for column, aggregate in DIFFERENCES.items():
+        differences[column] = db(gain.get(aggregate), signed=True)
+        differences[f"{column}_interval"] = interval(gain, aggregate, signed=True)
     return {
         "name": name,
         "setting": setting,
         "sdri": db(ours.get(key)),
         "interval": interval(ours, key),
-        "difference": db(gain.get(key), signed=True),
-        "difference_interval": interval(gain, key, signed=True),
+        **differences,
         "parameters": "" if parameters is None else f"{parameters:,.0f}",
         "why": why,
     }
@@ -178,20 +182,23 @@ def collect(ablations: Sequence[Ablation], reports: Path) -> list[dict[str, str]
             metrics = json.loads(_run("git", "show", f"{references[ablation.name]}:{reports / 'metrics.json'}"))
             rows.append(row(ablation.name, " ".join(ablation.settings), ablation.why, metrics))
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, ABLATION_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(reports / "ablations.csv", text.getvalue())
     lines = [
         "# Ablations",
         "",
-        f"{MODEL}, average query, dB; the difference is to {BASELINE} of the same experiment.",
+        f"{MODEL}, average query, dB, mean over classes of the class median; the differences are to {BASELINE} of the "
+        "same experiment, by that and by the mean of means.",
         "",
     ]
-    lines += ["| experiment | setting | SDRi | difference | parameters | why |", "|" + " --- |" * 6]
+    titles = ["experiment", "setting", "SDRi", "difference", "difference, mean of means", "parameters", "why"]
+    lines += ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for r in rows:
         cells = [r["name"], f"`{r['setting']}`" if r["setting"] else "", f"{r['sdri']} {r['interval']}"]
-        cells += [f"{r['difference']} {r['difference_interval']}", r["parameters"], r["why"]]
+        cells += [f"{r[column]} {r[f'{column}_interval']}" for column in DIFFERENCES]
+        cells += [r["parameters"], r["why"]]
         lines.append("| " + " | ".join(cells) + " |")
     write_atomic(reports / "ablations.md", "\n".join(lines) + "\n")
     return rows
@@ -218,7 +225,7 @@ def main() -> None:
     if not finished():
         parser.exit(1, "this commit has no finished ablation: reports/ablations.* stay as they are\n")
     for found in collect(ABLATIONS, Path("reports")):
-        log.info("%s", " ".join(found[key] for key in COLUMNS[:-1]))
+        log.info("%s", " ".join(found[key] for key in ABLATION_COLUMNS[:-1]))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ pathlib.Path("reports").mkdir(exist_ok=True)
 pathlib.Path("reports/metrics.json").write_text(json.dumps({
     "mae_resunet.average.sdri_class_median_mean": value,
     "mae_resunet.average.vs_resunet.sdri_class_median_mean": value - 5,
+    "mae_resunet.average.vs_resunet.sdri_class_mean_mean": value - 5.5,
     "mae_resunet.n_parameters": 1234,
 }))
 with open(pathlib.Path(__file__).parent / "runs.txt", "a") as file:
@@ -103,4 +104,4 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
         ):
             again([*some, Ablation("not run", ("value=1.0",), "")])
     assert sorted((tmp_path / "runs.txt").read_text().split()) == ["4.0", "5.5", "6.0"]
-    assert "| six | `value=6.0` | 6.00  | +1.00  | 1,234 | more |" in Path("reports/ablations.md").read_text()
+    assert "| six | `value=6.0` | 6.00  | +1.00  | +0.50  | 1,234 | more |" in Path("reports/ablations.md").read_text()

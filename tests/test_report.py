@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.io import wavfile
 
 from pipeline import ontology
-from pipeline.reporting import charts, page, sounds, tables
+from pipeline.reporting import charts, encoder, page, sounds, tables
 from pipeline.reporting.gates import GateParams
 from pipeline.reporting.inputs import flat_scalars, read_split
 from pipeline.reporting.provenance import code, data_hash, hardware, profile
@@ -637,8 +637,9 @@ def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
     params = PARAMS.replace("mae_separators: {}\n", FEATURES)
     places, settings = make_run(tmp_path, params=params, mae_resunet=make_scores(gain=5.5))
     write_encoder(tmp_path)
-    header = "name,setting,sdri,interval,difference,difference_interval,parameters,why\n"
-    row = '<i>deep</i>,model.fusion=deep,5.10,"[5.00, 5.20]",+0.10,"[0.00, 0.20]","1,861,029",a reason\n'
+    header = "name,setting,sdri,interval,difference,difference_interval,"
+    header += "difference_of_means,difference_of_means_interval,parameters,why\n"
+    row = '<i>deep</i>,model.fusion=deep,5.10,"[5.00, 5.20]",+0.10,"[0.00, 0.20]",+0.37,,"1,861,029",a reason\n'
     places.ablations.write_text(header + row)
     metrics = report(places, tmp_path / "reports", settings)
     assert metrics["pretrain_mae.loss"] == 0.81
@@ -654,9 +655,17 @@ def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
     assert "1,234,567" in page
     assert ">1.50<" in page  # times the baseline's multiply-accumulates
     assert "&lt;i&gt;deep&lt;/i&gt;" in page
+    assert "+0.37" in page
     table = (tmp_path / "reports" / "table1.md").read_text()
     assert "mae_resunet: features (input and fusion as we read the paper) | mae, frozen, pad1024, freq" in table
     assert "mae_resunet \u2212 resunet" in table
+
+
+def test_a_table_of_ablations_that_lacks_a_column_is_named(tmp_path):
+    path = tmp_path / "ablations.csv"
+    path.write_text("name,setting,sdri,interval,difference,difference_interval,parameters,why\n")
+    with pytest.raises(ValueError, match=r"ablations\.csv: no column difference_of_means, "):
+        encoder.ablations(path)
 
 
 def test_without_an_encoder_the_page_says_so(run):

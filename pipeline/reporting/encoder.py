@@ -17,6 +17,11 @@ from pipeline.runtime import read_json
 # Of the normalised filter bank (fbank.py): a unit of it in dB. Told here again, for the report loads no torch.
 DB_PER_UNIT = 2 * 4.5689974 * 10 / float(np.log(10))
 
+ABLATION_COLUMNS = (
+    *("name", "setting", "sdri", "interval", "difference", "difference_interval"),
+    *("difference_of_means", "difference_of_means_interval", "parameters", "why"),
+)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -115,8 +120,14 @@ def _flat(prefix: str, found: Mapping[str, float]) -> dict[str, int | float]:
 
 
 def ablations(path: Path) -> list[dict[str, str]]:
-    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none."""
+    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none.
+
+    ValueError names the columns that an older one lacks.
+    """
     if not path.is_file():
         return []
     table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=str, keep_default_na=False)
+    missing = [column for column in ABLATION_COLUMNS if column not in table]
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; `python -m pipeline.ablations --collect` mends it")
     return [{str(key): str(value) for key, value in row.items()} for row in table.to_dict("records")]
