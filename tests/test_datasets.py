@@ -605,6 +605,7 @@ def test_a_second_run_touches_nothing_and_a_lost_or_cut_file_comes_back(corpus, 
     assert content(root) == content(corpus)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_continued_to_the_same_bytes(corpus, tmp_path):
     root = tmp_path / "killed"
     code = (

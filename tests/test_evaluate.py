@@ -272,6 +272,7 @@ def command(world, cwd):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, result, tmp_path):
     evaluate_section = json.dumps(PARAMS.model_dump())
     pairs_section = '{"exclude": none, "normalize": joint, "match_energy": true, "min_gain": 0.02, "max_gain": 50.0}'

@@ -259,6 +259,7 @@ def start(workspace: Path, n_workers: int) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=workspace, env=environment, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(workspace):
     write_clips(workspace / "clips", corpus(12), n_shards=4)
     write_networks(workspace / "sed")

@@ -282,6 +282,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert calls(tmp_path) == sorted(PARTS.values())
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_part_a_second_run_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes]
 ) -> None:
@@ -375,6 +376,7 @@ def test_a_stage_run_as_a_module_finds_its_own_functions_and_classes(tmp_path: P
     assert [line.split(" ")[3] for line in err.splitlines()] == ["pipeline.parts:", "pipeline.runtime:"], err
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "sleep").write_text("2 3")
     stage = start_stage(tmp_path)

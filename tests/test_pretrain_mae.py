@@ -76,7 +76,7 @@ def run(clips, tmp_path, monkeypatch):
 
 
 def test_pretraining_beats_the_mean_patch_and_writes_what_separators_need(run):
-    out, summary = run(steps=500, batch_size=8)
+    out, summary = run(steps=250, batch_size=8, learning_rate=1e-2)
     assert summary["loss"] < summary["loss_of_mean_patch"]
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == MODEL

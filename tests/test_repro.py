@@ -140,6 +140,7 @@ def project(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_dvc_finds_nothing_to_do_after_it_and_only_what_changed_is_run(project):
     result = project("pipeline.repro", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -187,6 +187,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_the_stage_makes_its_corpus_and_a_killed_run_ends_in_the_same_bytes(workspace, monkeypatch):
     smaller_params(workspace, 1)
     process = start(workspace)
