@@ -198,6 +198,7 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
 TO_TRY = re.findall(r"^dvc exp run (-S [^#$\\\n]+)[^$\n]*$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", TO_TRY)
 def test_what_the_readme_has_one_try_fits_and_changes_something(line, tmp_path):
     from dvc.utils.hydra import apply_overrides

@@ -20,7 +20,7 @@ from tests.test_upstreams import SMALL
 
 SAMPLES = 64000
 MAE = {"dim": 64, "depth": 2, "heads": 2}
-pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*CUDA is not available")]
 precisions = pytest.mark.parametrize("bf16", [False, True])
 
 

@@ -33,6 +33,7 @@ def published(name, golden):
     return network.state_dict() | fill.filled(golden)
 
 
+@pytest.mark.slow
 def test_the_detector_gives_the_published_segments():
     golden = fill.arrays("cnn14_dlm_strong")
     detector = panns.PannsDetector(published("Cnn14_DecisionLevelMax", "cnn14_dlm_strong"))

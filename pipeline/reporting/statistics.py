@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.stats import wilcoxon
 
 METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar")
 AGGREGATES = ("median", "mean")
@@ -116,6 +115,8 @@ def wilcoxon_p(difference: Float[np.ndarray, " classes"]) -> float:
     defined = difference[~np.isnan(difference)]
     if not np.any(defined):
         return 1.0
+    from scipy.stats import wilcoxon  # half a second, which stages that only use the bootstrap need not spend
+
     return float(wilcoxon(defined[defined != 0]).pvalue)
 
 

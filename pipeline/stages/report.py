@@ -43,7 +43,7 @@ from pipeline.runtime import read_json, running, write_atomic, write_json
 log = logging.getLogger(__name__)
 
 # Of report.html, which shall be fit to lie in git. Examples are left out to keep it; the first one always stays.
-MAX_PAGE_BYTES = 950_000  # it is kept in git
+MAX_PAGE_BYTES = 950_000
 MUSIC_SHARE = 0.25  # of what is left for sounds, kept for the unsupervised separators where they have any
 
 
