@@ -10,21 +10,24 @@ environment does not set them.
 
 What is to be run, and whether it really has changed, is DVC's to say: `dvc status` first, then for a stage, as soon as
 those that it waits for are done, `dvc repro --single-item`. The jobs share dvc.lock, and wait for DVC's own lock. A
-stage that fails starts no other; those that run beside it end first, as with `make -j`.
+stage that fails starts no other; those that run beside it end first, as with `make -j`. DVC is loaded once, and every
+job is a fork of the process that did.
 """
 
 import argparse
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from functools import cache
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import networkx as nx  # type: ignore[import-untyped]
 from dvc.repo import Repo  # type: ignore[import-untyped]
@@ -40,6 +43,9 @@ HINTS = (
     "\tdvc config core.autostage",
     "Use `dvc push`",
 )
+
+# What a job needs: DVC imports most of its parts only when they are used.
+PRELOADED = ["networkx", "dvc.cli.parser", "dvc.repo.reproduce", "dvc.repo.plots", "dvc.scm", "dvc.utils.strictyaml"]
 
 
 def plan(targets: Sequence[str]) -> dict[str, set[str]]:
@@ -94,14 +100,27 @@ def run_side_by_side(waits_for: Mapping[str, set[str]], run: Callable[[str], boo
     return failed
 
 
+def _dvc_repro(name: str, output: Any) -> None:
+    """In a process of its own: run one stage, with all that it and DVC say going to `output` (DupFd)."""
+    os.setsid()  # a group that can be ended with all that the stage has started
+    descriptor = output.detach()
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    from dvc.cli import main  # type: ignore[import-untyped]
+
+    sys.exit(main(["--wait-for-lock", "repro", "--single-item", name]))
+
+
 class Jobs:
     """Stages as processes of their own; each line that they say is printed behind the stage's name."""
 
-    def __init__(self, total: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, total: int) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
         self.total = total
-        self.environment = dict(environment)
         self.ended = 0
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[BaseProcess] = []
         self.stopped = False
         self.lock = threading.Lock()
 
@@ -110,21 +129,17 @@ class Jobs:
         with self.lock:
             if self.stopped:
                 return False
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=self.environment,
-                start_new_session=True,  # a group that can be ended with all that the stage has started
-            )
+            read, write = os.pipe()
+            process = self.context.Process(target=_dvc_repro, args=(name, DupFd(write)))
+            process.start()
+            os.close(write)
             self.processes.append(process)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() and not line.startswith(HINTS):
-                print(f"{name} | {line.rstrip()}", flush=True)
-        code = process.wait()
+        with open(read, errors="replace") as lines:
+            for line in lines:
+                if line.strip() and not line.startswith(HINTS):
+                    print(f"{name} | {line.rstrip()}", flush=True)
+        process.join()
+        code = process.exitcode
         with self.lock:
             self.ended += 1
             how = "done" if code == 0 else f"FAILED, exit status {code}"
@@ -136,9 +151,11 @@ class Jobs:
         with self.lock:
             self.stopped = True
             for process in self.processes:
-                if process.poll() is None:
-                    with suppress(ProcessLookupError):  # ended in between
+                if process.pid and process.is_alive():
+                    try:
                         os.killpg(process.pid, signal.SIGTERM)
+                    except ProcessLookupError:  # it has no group of its own yet, or has ended in between
+                        process.terminate()
 
 
 def has_gpu() -> bool:
@@ -177,7 +194,8 @@ def main() -> None:
     if not waits_for:
         print("Data and pipelines are up to date.")
         return
-    jobs = Jobs(len(waits_for), share_of_cores(args.jobs) | dict(os.environ))
+    os.environ.update(share_of_cores(args.jobs) | dict(os.environ))
+    jobs = Jobs(len(waits_for))
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _end)
