@@ -10,8 +10,7 @@ repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `
 	python -m pipeline.repro $(if $(JOBS),--jobs $(JOBS))
 
 ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours
-	python -m pipeline.ablations
-	dvc repro --force --single-item report
+	python -m pipeline.ablations; code=$$?; dvc repro --force --single-item report && exit $$code
 
 test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
 	python -m pytest

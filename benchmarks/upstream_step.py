@@ -219,6 +219,11 @@ def main() -> None:
             f"{against(name, macs, 'step'):.2f} of its multiply-adds, "
             f"{against(name, memory, 'peak'):.2f} of its memory ({name})"
         )
+    frozen, updated = NAMES[1:3]
+    print(
+        f"ratio: {median[frozen] / median[updated]:.2f} ({minimum[frozen] / minimum[updated]:.2f}) of the time of "
+        f"{updated} ({frozen})"
+    )
     for name in NAMES[1:]:
         if not networks[name].settings.freeze_mae:
             continue  # its backward cannot be told from the rest

@@ -27,14 +27,18 @@ from typing import Any
 import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
-from pipeline.reporting.encoder import ABLATION_COLUMNS
-from pipeline.reporting.tables import db, interval
-from pipeline.runtime import write_atomic
+from pipeline.reporting.encoder import (
+    ABLATED,
+    ABLATION_COLUMNS,
+    BASELINE,
+    DIFFERENCES,
+    ablation_row,
+    ablations,
+    as_it_stands,
+)
+from pipeline.runtime import read_json, write_atomic
 
 log = logging.getLogger(__name__)
-
-MODEL, BASELINE = "mae_resunet", "resunet"
-DIFFERENCES = {"difference": "sdri_class_median_mean", "difference_of_means": "sdri_class_mean_mean"}
 
 
 @dataclass(frozen=True)
@@ -125,19 +129,20 @@ def threads_of_the_report(reports: Path) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads[0])} if len(threads) == 1 else {}
 
 
-def run(ablations: Sequence[Ablation]) -> None:
-    """Run those that this commit has not, each as `dvc exp run --temp`. One that fails is named; the rest goes on.
+def run(chosen: Sequence[Ablation]) -> list[str]:
+    """Run those that this commit has not, each as `dvc exp run --temp`; return what failed. The rest goes on.
 
     On as many threads as the models that they are compared with, where OMP_NUM_THREADS does not say: the last bits of
     sums depend on it, and a short training makes tenths of a dB of them. ValueError where this commit has one of
     another params.yaml.
     """
     references, workspace = finished(), params_of(None)
-    for ablation in ablations:  # all of them before any is run, which takes hours
+    for ablation in chosen:  # all of them before any is run, which takes hours
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
     environment = threads_of_the_report(Path("reports")) | dict(os.environ)
-    for ablation in ablations:
+    failed = []
+    for ablation in chosen:
         if ablation.name in references:
             log.info("%s: done", ablation.name)
             continue
@@ -146,51 +151,39 @@ def run(ablations: Sequence[Ablation]) -> None:
         code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
         if code != 0:
             log.error("%s failed (%d): %s", ablation.name, code, ablation.command)
+            failed.append(ablation.name)
+    return failed
 
 
-def row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:
-    """A line of the table from the metrics.json of one experiment."""
-    key = DIFFERENCES["difference"]
-    ours = {k.removeprefix(f"{MODEL}.average."): v for k, v in metrics.items() if k.startswith(f"{MODEL}.average.")}
-    versus = f"vs_{BASELINE}."
-    gain = {k.removeprefix(versus): v for k, v in ours.items() if k.startswith(versus)}
-    parameters = metrics.get(f"{MODEL}.n_parameters")
-    differences = {}
-    for column, aggregate in DIFFERENCES.items():
-        differences[column] = db(gain.get(aggregate), signed=True)
-        differences[f"{column}_interval"] = interval(gain, aggregate, signed=True)
-    return {
-        "name": name,
-        "setting": setting,
-        "sdri": db(ours.get(key)),
-        "interval": interval(ours, key),
-        **differences,
-        "parameters": "" if parameters is None else f"{parameters:,.0f}",
-        "why": why,
-    }
+def collect(known: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
+    """Write ablations.csv and ablations.md from the finished experiments, the run as it stands first.
 
-
-def collect(ablations: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
-    """Write ablations.csv and ablations.md from the finished experiments, the run as it stands first."""
-    rows = []
-    if (reports / "metrics.json").is_file():
-        rows.append(row("as it stands", "", "", json.loads((reports / "metrics.json").read_bytes())))
+    Lines that are there already stay, where this commit has no experiment for them and the run as it stands is still
+    the same: a later commit need not run them all again. FileNotFoundError where there is no run.
+    """
+    current = read_json(reports / "metrics.json")
+    path = reports / "ablations.csv"
+    kept = {(row["name"], row["setting"]): row for row in ablations(path, current)}
+    rows = [as_it_stands(current)]
     references, workspace = finished(), params_of(None)
-    for ablation in ablations:
+    for ablation in known:
+        setting = " ".join(ablation.settings)
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
             metrics = json.loads(_run("git", "show", f"{references[ablation.name]}:{reports / 'metrics.json'}"))
-            rows.append(row(ablation.name, " ".join(ablation.settings), ablation.why, metrics))
+            rows.append(ablation_row(ablation.name, setting, ablation.why, metrics))
+        elif (ablation.name, setting) in kept:
+            rows.append(kept[ablation.name, setting])
     text = io.StringIO()
     writer = csv.DictWriter(text, ABLATION_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(reports / "ablations.csv", text.getvalue())
+    write_atomic(path, text.getvalue())
     lines = [
         "# Ablations",
         "",
-        f"{MODEL}, average query, dB, mean over classes of the class median; the differences are to {BASELINE} of the "
-        "same experiment, by that and by the mean of means.",
+        f"{ABLATED}, average query, dB, mean over classes of the class median; the differences are to {BASELINE} of "
+        "the same experiment, by that and by the mean of means.",
         "",
     ]
     titles = ["experiment", "setting", "SDRi", "difference", "difference, mean of means", "parameters", "why"]
@@ -220,12 +213,13 @@ def main() -> None:
         for ablation in chosen:
             print(f"{ablation.command:<70}# {ablation.why}")
         return
-    if not args.collect:
-        run(chosen)
+    failed = [] if args.collect else run(chosen)
     if not finished():
         parser.exit(1, "this commit has no finished ablation: reports/ablations.* stay as they are\n")
     for found in collect(ABLATIONS, Path("reports")):
         log.info("%s", " ".join(found[key] for key in ABLATION_COLUMNS[:-1]))
+    if failed:
+        parser.exit(1, f"failed: {', '.join(failed)}. What they said is above.\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def to_16k(waveform: Float[Tensor, "batch time"], sample_rate: int = 32000) -> F
         return resample(waveform.float(), sample_rate, SAMPLE_RATE)
 
 
-def n_frames(samples: int, hop_samples: int = HOP_SAMPLES) -> int:
+def whole_frames(samples: int, hop_samples: int = HOP_SAMPLES) -> int:
     """Frames of a waveform of that many samples: only whole windows count."""
     return 0 if samples < WINDOW_SAMPLES else 1 + (samples - WINDOW_SAMPLES) // hop_samples
 

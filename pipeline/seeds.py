@@ -39,8 +39,9 @@ from dvc.exceptions import DvcException  # type: ignore[import-untyped]
 from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 
-from pipeline.ablations import BASELINE, Ablation, check_same_but, finished, params_of, run
+from pipeline.ablations import Ablation, check_same_but, finished, params_of, run
 from pipeline.config import Params, load_params
+from pipeline.reporting.encoder import BASELINE
 from pipeline.reporting.scores import TOLERANCE_DB, read_scores
 from pipeline.reporting.statistics import AGGREGATES, cluster_bootstrap, finite_mean, interval
 from pipeline.reporting.tables import AVERAGE, MINUS, db

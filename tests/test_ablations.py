@@ -97,11 +97,25 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     ]
     with open("reports/ablations.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
+    assert "| six | `value=6.0` | 6.00  | +1.00  | +0.50  | 1,234 | more |" in Path("reports/ablations.md").read_text()
+
+    # Another commit with the same results keeps what was run; with other results it does not.
+    command("git", "add", "-A")
+    command("git", "commit", "-qm", "table")
+    three = Ablation("three", ("value=3.0",), "still less")
+    wrong = Ablation("wrong", ("value=x",), "fails")
+    assert ablations.run([three, wrong]) == ["wrong"]
+    rows = ablations.collect([*some, three, wrong], Path("reports"))
+    assert [r["name"] for r in rows] == ["as it stands", "six", "four", "three"]
+    (project / "reports/metrics.json").write_text('{"mae_resunet.average.sdri_class_median_mean": 1.0}')
+    rows = ablations.collect([*some, three], Path("reports"))
+    assert [(r["name"], r["sdri"]) for r in rows] == [("as it stands", "1.00"), ("three", "3.00")]
+
+    command("git", "reset", "-q", "--hard", "HEAD~1")
     (project / "params.yaml").write_text("value: 5.5\nother: 1\n")
     for again in (ablations.run, lambda chosen: ablations.collect(chosen, Path("reports"))):
         with pytest.raises(
             ValueError, match=r"experiment six differs from the workspace in more than value=6.0: see other"
         ):
             again([*some, Ablation("not run", ("value=1.0",), "")])
-    assert sorted((tmp_path / "runs.txt").read_text().split()) == ["4.0", "5.5", "6.0"]
-    assert "| six | `value=6.0` | 6.00  | +1.00  | +0.50  | 1,234 | more |" in Path("reports/ablations.md").read_text()
+    assert sorted((tmp_path / "runs.txt").read_text().split()) == ["3.0", "4.0", "5.5", "6.0"]

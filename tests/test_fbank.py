@@ -141,7 +141,7 @@ def test_padding_is_louder_than_the_average_of_audioset():
 @pytest.mark.parametrize(("samples", "frames"), [(400, 1), (559, 1), (560, 2), (160000, 998), (32000, 198)])
 def test_only_whole_windows_count(samples, frames):
     assert ours.fbank(torch.randn(1, samples)).shape == (1, frames, 128)
-    assert ours.n_frames(samples) == frames
+    assert ours.whole_frames(samples) == frames
 
 
 def test_less_than_a_window_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.fbank import PADDING
+from pipeline.fbank import PADDING, STD
 from pipeline.upstreams import align, combine
 from pipeline.upstreams.mae import (
     Encoder,
@@ -94,6 +94,27 @@ def test_the_base_encoder_and_its_pooling():
         assert_close(upstream.to_steps(combine(upstream, hidden, "last3")), golden["fan_pool32_contextual"])
         cropped = upstream.encoder.norm(upstream.encoder.hidden(features[:, :224])[-1])
         assert_close(cropped[:, ::4], golden["fan_enc_crop224"])
+
+
+def test_the_filter_bank_as_the_published_encoder_gets_it(monkeypatch):
+    """Centred, normalised, filled up with zeros behind the logarithm; but for float32's noise floor (test_fbank.py)."""
+    golden = arrays("fbank")
+    # What is stored is at 16 kHz.
+    monkeypatch.setattr("pipeline.upstreams.mae.to_16k", lambda waveform, rate: waveform)
+    upstream = Upstream(mae_input="pad1024", dim=8, depth=1, heads=1)
+    for waveform, expected, every in (
+        (golden["waveform"], golden["fbank_norm"], 8),
+        (golden["waveform"][:, 48000:80000], golden["fbank2s_norm_first224"], 2),
+    ):
+        features = upstream.features(waveform)
+        assert features.shape == (1, 1024, 128)
+        found = features[0, ::every][: len(expected)]
+        error = (found - expected).abs()
+        sounds = expected > expected.amax(dim=1, keepdim=True) - 11.5 / (2 * STD)  # 50 dB
+        assert error[sounds].max() < 1e-4
+        assert error.mean() < 1e-5
+        assert (found[-1] == expected[-1]).all()  # the filling, to the bit
+        assert len(found[-1].unique()) == 1
 
 
 def test_positions_are_a_transposed_grid():

@@ -150,6 +150,15 @@ def test_a_part_has_the_features_that_its_rows_have_in_the_whole(fusion):
     assert steps.shape[0] == 2
 
 
+@pytest.mark.parametrize("first", [0, 7, 9, 15, 16])
+def test_a_deep_row_has_the_step_that_its_middle_lies_in(first):
+    """Rows of 16 frames, steps of 16 (crop): a row is half a step early or late at most, wherever the part begins."""
+    model = build(fusion="deep", mae_input="crop")
+    steps = torch.arange(14.0)[None, :, None]
+    found = model.frames(steps, 3, stride=16, first=first)[0, :, 0]
+    assert found.tolist() == [(first + 16 * row + 8) // 16 for row in range(3)]
+
+
 def test_training_shows_the_encoder_the_anchor_or_the_segment():
     assert build(fusion="freq").hears_whole
     assert not build(fusion="freq", context="segment").hears_whole

@@ -165,6 +165,22 @@ def test_the_local_decoder_takes_whole_clips_only():
         params(model={**MODEL, "decoder": "local"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {**MODEL, "decoder": "local", "decoder_depth": 2}, "frames": 1024, "recompute": True},
+        {"precision": "bf16"},
+        {"roll": True},
+    ],
+    ids=["local", "bf16", "roll"],
+)
+def test_each_way_of_training_lowers_the_loss(run, changes):
+    _, begun = run("begun", steps=1, **changes)
+    _, ended = run("ended", steps=60, batch_size=8, learning_rate=1e-2, **changes)
+    assert ended["loss"] < begun["loss"] - 0.02
+
+
 def test_a_published_encoder_is_converted_in_place_of_training(run, tmp_path):
     torch.manual_seed(3)
     encoder = Encoder(dim=64, depth=1, heads=1, post_norm=True)

@@ -639,9 +639,15 @@ def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
     write_encoder(tmp_path)
     header = "name,setting,sdri,interval,difference,difference_interval,"
     header += "difference_of_means,difference_of_means_interval,parameters,why\n"
+    as_it_stands = 'as it stands,,{sdri},"{interval}",{difference},"{difference_interval}",{difference_of_means},'
+    as_it_stands += '"{difference_of_means_interval}","{parameters}",\n'
     row = '<i>deep</i>,model.fusion=deep,5.10,"[5.00, 5.20]",+0.10,"[0.00, 0.20]",+0.37,,"1,861,029",a reason\n'
     places.ablations.write_text(header + row)
     metrics = report(places, tmp_path / "reports", settings)
+    page = (tmp_path / "reports" / "report.html").read_text()
+    assert "&lt;i&gt;deep&lt;/i&gt;" not in page  # a table that does not begin with this run is of another one
+    places.ablations.write_text(header + as_it_stands.format(**encoder.as_it_stands(metrics)) + row)
+    assert report(places, tmp_path / "reports", settings) == metrics
     assert metrics["pretrain_mae.loss"] == 0.81
     assert metrics["pretrain_mae.probe_after_map"] == 0.625
     assert metrics["mae_resunet.probe_difference_map_ci_lo"] == 0.3
@@ -665,7 +671,7 @@ def test_a_table_of_ablations_that_lacks_a_column_is_named(tmp_path):
     path = tmp_path / "ablations.csv"
     path.write_text("name,setting,sdri,interval,difference,difference_interval,parameters,why\n")
     with pytest.raises(ValueError, match=r"ablations\.csv: no column difference_of_means, "):
-        encoder.ablations(path)
+        encoder.ablations(path, {})
 
 
 def test_without_an_encoder_the_page_says_so(run):

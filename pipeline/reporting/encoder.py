@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from pipeline.reporting.charts import RANGE_DB, spectrogram_images
 from pipeline.reporting.sounds import data_uri
+from pipeline.reporting.tables import db, interval
 from pipeline.runtime import read_json
 
 # Of the normalised filter bank (fbank.py): a unit of it in dB. Told here again, for the report loads no torch.
@@ -21,6 +22,8 @@ ABLATION_COLUMNS = (
     *("name", "setting", "sdri", "interval", "difference", "difference_interval"),
     *("difference_of_means", "difference_of_means_interval", "parameters", "why"),
 )
+ABLATED, BASELINE = "mae_resunet", "resunet"
+DIFFERENCES = {"difference": "sdri_class_median_mean", "difference_of_means": "sdri_class_mean_mean"}
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,37 @@ def _flat(prefix: str, found: Mapping[str, float]) -> dict[str, int | float]:
     return {f"{prefix}_{names[key]}": value for key, value in found.items()}
 
 
-def ablations(path: Path) -> list[dict[str, str]]:
-    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none.
+def ablation_row(name: str, setting: str, why: str, metrics: Mapping[str, int | float]) -> dict[str, str]:
+    """A line of the table of ablations from the metrics.json of one experiment."""
+    key = DIFFERENCES["difference"]
+    ours = {k.removeprefix(f"{ABLATED}.average."): v for k, v in metrics.items() if k.startswith(f"{ABLATED}.average.")}
+    versus = f"vs_{BASELINE}."
+    gain = {k.removeprefix(versus): v for k, v in ours.items() if k.startswith(versus)}
+    parameters = metrics.get(f"{ABLATED}.n_parameters")
+    differences = {}
+    for column, aggregate in DIFFERENCES.items():
+        differences[column] = db(gain.get(aggregate), signed=True)
+        differences[f"{column}_interval"] = interval(gain, aggregate, signed=True)
+    return {
+        "name": name,
+        "setting": setting,
+        "sdri": db(ours.get(key)),
+        "interval": interval(ours, key),
+        **differences,
+        "parameters": "" if parameters is None else f"{parameters:,.0f}",
+        "why": why,
+    }
 
+
+def as_it_stands(metrics: Mapping[str, int | float]) -> dict[str, str]:
+    """The first line of the table: the run that the ablations are ablations of."""
+    return ablation_row("as it stands", "", "", metrics)
+
+
+def ablations(path: Path, metrics: Mapping[str, int | float]) -> list[dict[str, str]]:
+    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none for this run.
+
+    A table whose first line is not what `metrics` say belongs to another run, of another profile or of other code.
     ValueError names the columns that an older one lacks.
     """
     if not path.is_file():
@@ -130,4 +161,5 @@ def ablations(path: Path) -> list[dict[str, str]]:
     missing = [column for column in ABLATION_COLUMNS if column not in table]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; `python -m pipeline.ablations --collect` mends it")
-    return [{str(key): str(value) for key, value in row.items()} for row in table.to_dict("records")]
+    rows = [{str(key): str(value) for key, value in row.items()} for row in table.to_dict("records")]
+    return rows if rows[:1] == [as_it_stands(metrics)] else []

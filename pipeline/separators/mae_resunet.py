@@ -212,10 +212,10 @@ class Separator(resunet.Separator):
     def frames(
         self, steps: Float[Tensor, "batch steps dim"], n: int, stride: int = 1, first: int = 0
     ) -> Float[Tensor, "batch {n} dim"]:
-        """The step of each of n rows from row `first` on, a row being `stride` frames of the STFT."""
+        """The step of each of n rows from frame `first` of the STFT on, a row being `stride` frames."""
         per_second = SAMPLE_RATE / self.hop_length
-        per_row = self.upstream.frames_per_step * per_second / FRAME_RATE / stride
-        return align(steps, per_row, n, self.settings.repeat, first)
+        per_frame = self.upstream.frames_per_step * per_second / FRAME_RATE
+        return align(steps, per_frame, n, self.settings.repeat, first, stride)
 
     def forward(
         self,
@@ -256,7 +256,7 @@ class Separator(resunet.Separator):
         if fusion == "film":
             return self.unet(plane, query + self.project(steps.mean(dim=1)).to(query.dtype))
         if fusion == "deep":
-            found = self.frames(steps, -(-rows // 16), stride=16, first=first // 16)
+            found = self.frames(steps, -(-rows // 16), stride=16, first=first)
             added = self.project(found).transpose(1, 2)[..., None]
             return self.unet(plane, query, lambda level, h: h + added.to(h.dtype) if level == DEEP_LEVEL else h)
         # Where the bottleneck's rows stand in the mixture; both lengths end as the U-Net's do, at 32 frames.

@@ -346,6 +346,13 @@ def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence
     return notes
 
 
+def _ablations(path: Path, metrics: Mapping[str, int | float]) -> list[dict[str, str]]:
+    rows = encoder.ablations(path, metrics)
+    if not rows and path.is_file():
+        log.warning("%s is of another run than this one and is not shown; `make ablations` makes one of this", path)
+    return rows
+
+
 def report(places: Places, out: Path, settings: Settings) -> dict[str, int | float]:
     """Write all files of the report into `out`; return what metrics.json holds.
 
@@ -447,7 +454,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "pictures": encoder.pictures(places.pretrained),
         "probes": {model: probe for model, probe in probes.items() if probe is not None and probe.get("after")},
         "costs": encoder.cost_rows(models, configs, timings),
-        "ablations": encoder.ablations(places.ablations),
+        "ablations": _ablations(places.ablations, metrics),
         "training_notes": _training_notes(settings, models, list(curves)),
         "splits": splits,
         "provenance": found,

@@ -131,12 +131,14 @@ def align(
     frames: int,
     repeat: Repeat = "interleave",
     first: int = 0,
+    stride: int = 1,
 ) -> Float[Tensor, "batch {frames} dim"]:
     """The step of each 10-ms frame from `first` on: j takes step floor(j / frames_per_step), or j mod steps if `tile`.
 
-    Frames after the last step keep it.
+    Frames after the last step keep it. With a `stride`, a row for every so many frames: j is the one in its middle, and
+    tiles are counted in rows.
     """
     n = steps.shape[1]
-    wanted = range(first, first + frames)
-    index = [j % n if repeat == "tile" else min(int(j / frames_per_step + 1e-9), n - 1) for j in wanted]
+    wanted = range(first + stride // 2, first + stride * frames, stride)
+    index = [j // stride % n if repeat == "tile" else min(int(j / frames_per_step + 1e-9), n - 1) for j in wanted]
     return steps[:, index]

@@ -5,8 +5,8 @@ loads and gives its features. Where that code differs from the paper, the code i
 
 - a clip's 512 patches are ordered time first (token 8 t + f), but their positions are those of an 8 x 64 grid, so that
   token n has the position (n mod 64, n div 64). The checkpoint holds these. They are unique, but no geometry;
-- the decoder that was trained (`local`) has 16 shifted-window blocks, whatever depth is asked for; `global` has
-  8 ordinary ones, as Zhao et al. (arXiv:2407.11745) say;
+- the decoder that was trained (`local`) has shifted-window blocks, 16 of them whatever
+  depth is asked for (here `decoder_depth` says); `global` has ordinary ones, 8 as Zhao et al. (arXiv:2407.11745) say;
 - clips are padded with zeros after the logarithm: loud noise, not silence.
 
 The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, whose encoders have the same geometry,
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import upstreams
-from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k
+from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k, whole_frames
 from pipeline.runtime import read_json
 from pipeline.weights import read_safetensors, read_tensors
 
@@ -368,8 +368,7 @@ def normalised_patches(target: Float[Tensor, "batch tokens 256"]) -> Float[Tenso
 def n_frames(mae_input: MaeInput, samples: int) -> int:
     """Rows of the filter bank that the encoder sees of so many samples at 16 kHz (see Upstream)."""
     if mae_input == "pad1024":
-        whole = max(0, samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1
-        return -(-whole // MAX_FRAMES) * MAX_FRAMES
+        return -(-max(1, whole_frames(samples)) // MAX_FRAMES) * MAX_FRAMES
     rows = -(-(samples // HOP_SAMPLES + 1) // 32) * 32  # what the U-Net pads its frames to
     return rows if mae_input == "crop" else -(-rows // 7) * 32
 
