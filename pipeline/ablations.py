@@ -163,7 +163,11 @@ def collect(known: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
     """
     current = read_json(reports / "metrics.json")
     path = reports / "ablations.csv"
-    kept = {(row["name"], row["setting"]): row for row in ablations(path, current)}
+    try:
+        kept = {(row["name"], row["setting"]): row for row in ablations(path, current)}
+    except ValueError as error:  # of an older form, or no table
+        log.warning("made anew: %s", error)
+        kept = {}
     rows = [as_it_stands(current)]
     references, workspace = finished(), params_of(None)
     for ablation in known:
@@ -213,6 +217,8 @@ def main() -> None:
         for ablation in chosen:
             print(f"{ablation.command:<70}# {ablation.why}")
         return
+    if not Path("reports/metrics.json").is_file():  # before hours of experiments
+        parser.exit(1, "no reports/metrics.json, which the ablations are compared with: `make repro` first\n")
     failed = [] if args.collect else run(chosen)
     if not finished():
         parser.exit(1, "this commit has no finished ablation: reports/ablations.* stay as they are\n")

@@ -62,6 +62,15 @@ def test_experiments_take_the_threads_of_what_they_are_compared_with(tmp_path):
         assert ablations.threads_of_the_report(tmp_path) == expected
 
 
+def test_without_a_run_to_compare_with_none_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "run", lambda chosen: pytest.fail("hours of experiments"))
+    monkeypatch.setattr("sys.argv", ["ablations"])
+    with pytest.raises(SystemExit):
+        ablations.main()
+    assert "reports/metrics.json" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     project = tmp_path / "project"
@@ -110,6 +119,9 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     (project / "reports/metrics.json").write_text('{"mae_resunet.average.sdri_class_median_mean": 1.0}')
     rows = ablations.collect([*some, three], Path("reports"))
     assert [(r["name"], r["sdri"]) for r in rows] == [("as it stands", "1.00"), ("three", "3.00")]
+
+    Path("reports/ablations.csv").write_text("name,sdri\nof an older form,1.0\n")
+    assert ablations.collect([*some, three], Path("reports")) == rows
 
     command("git", "reset", "-q", "--hard", "HEAD~1")
     (project / "params.yaml").write_text("value: 5.5\nother: 1\n")

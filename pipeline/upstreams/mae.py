@@ -5,8 +5,8 @@ loads and gives its features. Where that code differs from the paper, the code i
 
 - a clip's 512 patches are ordered time first (token 8 t + f), but their positions are those of an 8 x 64 grid, so that
   token n has the position (n mod 64, n div 64). The checkpoint holds these. They are unique, but no geometry;
-- the decoder that was trained (`local`) has shifted-window blocks, 16 of them whatever
-  depth is asked for (here `decoder_depth` says); `global` has ordinary ones, 8 as Zhao et al. (arXiv:2407.11745) say;
+- the decoder that was trained (`local`) has 16 shifted-window blocks, whatever depth that code is asked for (here it is
+  `decoder_depth`); `global` has ordinary ones, of which Zhao et al. (arXiv:2407.11745) say that there are 8;
 - clips are padded with zeros after the logarithm: loud noise, not silence.
 
 The published weights are CC-BY-NC 4.0: not for commercial use. EAT and SSLAM, whose encoders have the same geometry,
