@@ -20,6 +20,7 @@ SAMPLE_RATE = 16000  # Hz
 N_MELS = 128
 WINDOW_SAMPLES = 400
 HOP_SAMPLES = 160
+BLOCK_FRAMES = 512  # at once on a CPU, at least one clip: what more of them need between two steps outgrows its caches
 N_FFT = 512
 LOW_HZ, HIGH_HZ = 20.0, 8000.0
 PREEMPHASIS = 0.97
@@ -70,15 +71,29 @@ def fbank(
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
         raise ValueError(f"a waveform of {waveform.shape[-1]} samples has no window of {WINDOW_SAMPLES}")
+    at_once = len(waveform)
+    if waveform.device.type == "cpu":
+        at_once = BLOCK_FRAMES // whole_frames(waveform.shape[-1], hop_samples)
     with torch.autocast(waveform.device.type, enabled=False), exact_float32():
-        frames = waveform.float().unfold(-1, WINDOW_SAMPLES, hop_samples)
-        frames = frames - frames.mean(dim=-1, keepdim=True)
-        before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
         window = torch.hann_window(WINDOW_SAMPLES, periodic=False, device=waveform.device)
-        spectrum = torch.fft.rfft((frames - PREEMPHASIS * before) * window, n=N_FFT)
-        # Kaldi takes the root and squares it again; so do we, for the sake of the last bits.
-        power = spectrum.abs().square()
-        return (power @ mel_banks().to(waveform.device)).clamp(min=FLOOR).log()
+        banks = mel_banks().to(waveform.device)
+        frames = waveform.float().unfold(-1, WINDOW_SAMPLES, hop_samples)
+        return torch.cat([_log_mel(block, window, banks) for block in torch.split(frames, max(1, at_once))])
+
+
+def _log_mel(
+    frames: Float[Tensor, "batch frames samples"], window: Float[Tensor, " samples"], banks: Float[Tensor, "bins mels"]
+) -> Float[Tensor, "batch frames mels"]:
+    frames = frames - frames.mean(dim=-1, keepdim=True)
+    padded = frames.new_zeros(*frames.shape[:-1], N_FFT)
+    # Each sample less 0.97 of the one before it, the first less 0.97 of itself.
+    emphasised = padded[..., :WINDOW_SAMPLES]
+    emphasised[..., :1] = frames[..., :1]
+    emphasised[..., 1:] = frames[..., :-1]
+    emphasised.mul_(-PREEMPHASIS).add_(frames).mul_(window)
+    # Kaldi takes the root and squares it again; so do we, for the sake of the last bits.
+    power = torch.fft.rfft(padded).abs().square()
+    return (power @ banks).clamp_(min=FLOOR).log_()
 
 
 def normalise(features: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
