@@ -672,6 +672,9 @@ def test_a_table_of_ablations_that_lacks_a_column_is_named(tmp_path):
     path.write_text("name,setting,sdri,interval,difference,difference_interval,parameters,why\n")
     with pytest.raises(ValueError, match=r"ablations\.csv: no column difference_of_means, "):
         encoder.ablations(path, {})
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"ablations\.csv: no column name, "):
+        encoder.ablations(path, {})
 
 
 def test_without_an_encoder_the_page_says_so(run):

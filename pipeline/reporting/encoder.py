@@ -1,5 +1,6 @@
 """What the report says of the upstream encoder: its pretraining, what it knows and forgot, and what models cost."""
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from pipeline.reporting.charts import RANGE_DB, spectrogram_images
@@ -153,13 +153,13 @@ def ablations(path: Path, metrics: Mapping[str, int | float]) -> list[dict[str, 
     """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none for this run.
 
     A table whose first line is not what `metrics` say belongs to another run, of another profile or of other code.
-    ValueError names the columns that an older one lacks.
+    ValueError names the columns that an older one, or an empty file, lacks.
     """
     if not path.is_file():
         return []
-    table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=str, keep_default_na=False)
-    missing = [column for column in ABLATION_COLUMNS if column not in table]
+    table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), restval="")
+    missing = [column for column in ABLATION_COLUMNS if column not in (table.fieldnames or ())]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; `python -m pipeline.ablations --collect` mends it")
-    rows = [{str(key): str(value) for key, value in row.items()} for row in table.to_dict("records")]
+        raise ValueError(f"{path}: no column {', '.join(missing)}; delete it, or make it anew: `make ablations`")
+    rows = list(table)
     return rows if rows[:1] == [as_it_stands(metrics)] else []
