@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.linear import Linear
+
 Kind = Literal["query", "key"]
 Stabiliser = Literal["paper", "full"]
 AttentionKind = Literal["favor", "sdpa"]
@@ -172,8 +174,8 @@ class Attention(nn.Module):
         self.eps = eps
         self.recompute = recompute
         head_dim = dim // heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
         self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
         for norm in (self.query_norm, self.key_norm):
@@ -241,7 +243,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout)
+            Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), Linear(hidden, dim), nn.Dropout(dropout)
         )
 
     def forward(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.favor import PerformerEncoder
 from pipeline.features import istft, magnitude, pad_to, stft
+from pipeline.linear import Linear
 from pipeline.losses import mixture_consistency
 
 LOG_GAIN = 100.0  # of the magnitude inside log1p, for waveforms in [-1, 1]
@@ -96,11 +97,11 @@ class Separator(nn.Module):
         self.std: Tensor
 
         self.conv: nn.Conv1d | None = None
-        self.embed: nn.Module = nn.Linear(patch_frames * self.n_bins, dim)
+        self.embed: nn.Module = Linear(patch_frames * self.n_bins, dim)
         if front_end == "conv":
             self.conv = nn.Conv1d(1, dim, n_fft, hop_length, padding=n_fft // 2)
             self.conv_norm = nn.LayerNorm(dim)
-            self.embed = nn.Identity() if patch_frames == 1 else nn.Linear(patch_frames * dim, dim)
+            self.embed = nn.Identity() if patch_frames == 1 else Linear(patch_frames * dim, dim)
         self.sizes: dict[str, Any] = {
             "dim": dim,
             "heads": heads,
@@ -114,7 +115,7 @@ class Separator(nn.Module):
             "recompute": recompute,
         }
         self.encoder = PerformerEncoder(depth=depth, **self.sizes)
-        self.head = nn.Linear(dim, n_sources * self.n_bins * patch_frames)
+        self.head = Linear(dim, n_sources * self.n_bins * patch_frames)
         # Logits of 0.1 where a normed token is of length sqrt(dim). With equal masks they would have equal gradients,
         # and stay equal for ever.
         nn.init.normal_(self.head.weight, std=0.1 / math.sqrt(dim))
@@ -282,7 +283,7 @@ class Pretrainer(nn.Module):
         if mask_mode == "drop":
             self.second_encoder = PerformerEncoder(depth=1, **separator.sizes)
         size = separator.n_bins if target == "logmag" else separator.n_fft
-        self.decoder = nn.Linear(dim, separator.patch_frames * size)
+        self.decoder = Linear(dim, separator.patch_frames * size)
 
     def redraw(self, step: int, seed: int) -> None:
         """New random features, of whatever here has some."""

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import upstreams
 from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k, whole_frames
+from pipeline.linear import Linear
 from pipeline.runtime import read_json
 from pipeline.weights import read_safetensors, read_tensors
 
@@ -58,8 +59,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Keep the shape."""
@@ -73,8 +74,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Keep the shape."""
@@ -117,10 +118,10 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: tuple[int, int]) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.tau = nn.Parameter(torch.ones(heads))
-        self.meta_mlp = nn.ModuleDict({"fc1": nn.Linear(2, 384), "fc2": nn.Linear(384, heads)})
+        self.meta_mlp = nn.ModuleDict({"fc1": Linear(2, 384), "fc2": Linear(384, heads)})
         grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1).view(-1, 2)
         offset = (grid[:, None] - grid[None]).float()
         self.register_buffer("log_offset", offset.sign() * offset.abs().log1p(), persistent=False)
@@ -274,7 +275,7 @@ class MaskedAutoencoder(Encoder):
         self.recompute = recompute
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(positions(decoder_dim), requires_grad=False)
-        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.decoder_embed = Linear(dim, decoder_dim)
         self.decoder_blocks = nn.ModuleList(
             WindowBlock(decoder_dim, decoder_heads, mlp_ratio, shift=2 * (i % 2))
             if decoder == "local"
@@ -282,7 +283,7 @@ class MaskedAutoencoder(Encoder):
             for i in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=NORM_EPSILON)
-        self.decoder_pred = nn.Linear(decoder_dim, PATCH * PATCH)
+        self.decoder_pred = Linear(decoder_dim, PATCH * PATCH)
         nn.init.normal_(self.mask_token, std=0.02)
         _initialise(self)
 
