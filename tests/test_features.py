@@ -28,6 +28,34 @@ def test_istft_undoes_stft_at_any_length(samples, hop_length):
     torch.testing.assert_close(istft(spectrum, n_fft=512, hop_length=hop_length, length=samples), waveform)
 
 
+@pytest.mark.parametrize(("n_fft", "hop_length", "samples"), [(512, 128, 3000), (512, 160, 3001), (256, 128, 2047)])
+def test_istft_is_torchs_forward_and_backward(n_fft, hop_length, samples):
+    frames = samples // hop_length + 1
+    generator = torch.Generator().manual_seed(0)
+    # No spectrum of a waveform: its imaginary parts at 0 Hz and Nyquist are ignored by both.
+    spectrum = torch.randn(3, frames, n_fft // 2 + 1, 2, generator=generator)
+    spectrum = torch.view_as_complex(spectrum).requires_grad_()
+    errors = torch.randn(3, samples, generator=generator)
+    window = torch.hann_window(n_fft)
+    found = istft(spectrum, n_fft=n_fft, hop_length=hop_length, length=samples)
+    wanted = torch.istft(spectrum.transpose(1, 2), n_fft, hop_length, window=window, length=samples)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y, spectrum, errors)[0] for y in (found, wanted)))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"n_fft": 256, "hop_length": 129, "length": 100}, "hop_length 129"),
+        ({"n_fft": 512, "hop_length": 64, "length": 100}, "129 bins"),
+        ({"n_fft": 256, "hop_length": 64, "length": 640}, "640 samples"),
+    ],
+)
+def test_istft_refuses_what_is_no_stft_of_that_length(options, named):
+    with pytest.raises(ValueError, match=named):
+        istft(torch.zeros(1, 10, 129, dtype=torch.complex64), **options)
+
+
 def test_frames_come_before_bins():
     # A click in the middle lights one frame; a sine lights one bin.
     click = torch.zeros(1, 8000)
