@@ -44,7 +44,7 @@ def linear(
     ):
         return F.linear(x, weight, bias)
     y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):

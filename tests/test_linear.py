@@ -101,6 +101,36 @@ def test_torch_where_the_types_or_the_size_are_not_for_it(calls, rows, dtype, au
     assert not calls
 
 
+@needs_both
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_where_onednn_is_switched_off(calls):
+    x, weight, bias, _ = inputs(832, 96, 288)
+    rows = x.view(4, 208, 96)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(linear(rows, weight, bias), F.linear(rows, weight, bias), rtol=1e-5, atol=1e-5)
+    assert calls
+
+
+@needs_both
+def test_a_gradient_that_is_one_number_expanded(calls):
+    x, weight, bias, _ = inputs(824, 96, 288)
+    weight.requires_grad_()
+    found, wanted = (torch.autograd.grad(f(x, weight, bias).sum(), weight)[0] for f in (linear, F.linear))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+@needs_both
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_of_a_large_layer(calls, rows):
+    x, weight, bias, errors = inputs(rows, 2048, 4096)
+    x.requires_grad_()
+    found, wanted = (f(x[None], weight, bias) for f in (linear, F.linear))
+    assert calls
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(y, x, errors[None])[0] for y in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_no_rows(calls):
     assert linear(torch.zeros(2, 0, 96), torch.zeros(288, 96), None).shape == (2, 0, 288)
 
