@@ -12,6 +12,7 @@ those of the medians in brackets. On a processor where pipeline.linear is torch'
 """
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -84,7 +85,8 @@ def step(repeats: int) -> None:
     entry, params = read_entry("performer", "music"), load_params("mixit", MixitParams)
     torch.manual_seed(0)
     mixtures = 0.1 * torch.randn(params.batch_size, 2, SECONDS * SAMPLE_RATE)
-    networks = [build("performer", sample_rate=SAMPLE_RATE, **entry.model) for _ in range(2)]
+    networks = [build("performer", sample_rate=SAMPLE_RATE, **entry.model).eval()]  # no dropout, which is random
+    networks.append(copy.deepcopy(networks[0]))
     optimizers = [build_optimizer(network, params.learning_rate, params.weight_decay) for network in networks]
 
     def take(i: int) -> Tensor:
@@ -98,6 +100,8 @@ def step(repeats: int) -> None:
         with torchs_linear():
             return take(0)
 
+    wanted, found = plainly().item(), take(1).item()
+    assert abs(found - wanted) < TOLERANCE, f"the losses differ by {abs(found - wanted):.1e} dB"
     print(f"Performer, a step of {params.batch_size} mixtures of mixtures of {SECONDS} s")
     compare({"torch": plainly, "step": lambda: take(1)}, repeats, 1)
 

@@ -177,6 +177,8 @@ def main() -> None:
     wanted = encode(ours, features)
     difference = float((encode_as_original(original, features) - wanted).abs().max())
     assert difference < TOLERANCE, f"the plain encoder is another one: they differ by {difference:.1e}"
+    between = float((encode(original, features) - wanted).abs().max())
+    assert between < TOLERANCE, f"with the same products they differ by {between:.1e}"
     print(f"encoder, {ENCODER_BATCH} x {wanted.shape[1]} tokens: at most {difference:.0e} from the original's way;")
     for name, found in {"held": encode(held, features), "autocast": autocast(ours, features)}.items():
         print(f"  bf16 {name} differs from fp32 by {relative(found, wanted):.4f} of it (root mean square)")

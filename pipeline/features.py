@@ -4,6 +4,7 @@ Axes are frames then bins everywhere, as in PANNs, uss and AudioMAE. torch.stft 
 this is the one place that turns it.
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+MIN_WEIGHT = 1e-11  # of the windows over a sample, squared and summed, to divide by
 SAMPLE_RATE = 32000  # Hz, of every network here: PANNs and uss were trained at it
 
 # The log-mel front end of PANNs (Kong et al. 2020, arXiv:1912.10211, section IV).
@@ -44,16 +46,23 @@ def istft(
 ) -> Float[Tensor, "batch time"]:
     """The first `length` samples of the least-squares inverse of `stft` (Griffin and Lim 1984, eq. 6).
 
-    Equal to torch.istft, forward and backward in half of its time on a CPU: that one's gradient transposes the whole
-    spectrum. ValueError for hops above half a window, for bins of another n_fft, and for too few frames.
+    torch.istft's values and gradients (but no gradient of these) in half of its time on a CPU: its own gradient
+    transposes the whole spectrum. ValueError for hops above half a window, for bins of another n_fft, for no samples,
+    for too few frames, and where the last sample hangs by the tip of one window.
     """
     frames, bins = spectrum.shape[1:]
     if not 0 < hop_length <= n_fft // 2:
         raise ValueError(f"hop_length {hop_length} is not between 1 and half of n_fft {n_fft}")
     if bins != n_fft // 2 + 1:
         raise ValueError(f"{bins} bins are not those of n_fft {n_fft}")
-    if length >= frames * hop_length:
-        raise ValueError(f"{length} samples have more than {frames} frames, one every {hop_length}")
+    if not 0 < length < frames * hop_length:
+        raise ValueError(f"{length} samples are none, or have more than {frames} frames, one every {hop_length}")
+    # Where the last one lies in the last window, the one before it, and so on. Hann's, squared, is a sine to the 4th.
+    places = range(n_fft // 2 + length - 1 - (frames - 1) * hop_length, n_fft, hop_length)
+    if sum(math.sin(math.pi * place / n_fft) ** 4 for place in places) < MIN_WEIGHT:
+        raise ValueError(
+            f"the last of {length} samples hangs by the tip of a window of {n_fft}, one every {hop_length}"
+        )
     with torch.autocast(spectrum.device.type, enabled=False):
         window = torch.hann_window(n_fft, device=spectrum.device)
         total: Tensor = _OverlapAdd.apply(torch.fft.irfft(spectrum, n_fft) * window, hop_length)  # type: ignore[no-untyped-call]

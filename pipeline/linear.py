@@ -34,7 +34,7 @@ def mkl_is_slower() -> bool:
 def linear(
     x: Float[Tensor, "*batch inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
 ) -> Float[Tensor, "*batch outputs"]:
-    """torch.nn.functional.linear, to a few units in the last place, by the faster library."""
+    """torch.nn.functional.linear, to a few units in the last place, by the faster library. Its gradient has none."""
     if not (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -43,8 +43,8 @@ def linear(
         and not torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight, bias)
-    y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    image: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return image.squeeze(3).squeeze(0).t().reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):
@@ -56,25 +56,34 @@ class Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
+    """Rows to an image, a pixel for each: `linear` takes the rows out of it. Only what a gradient needs is kept."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _matrix(F.conv2d(_image(x), _kernel(weight), bias, dilation=2))
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.weight_shape = weight.shape
+        return F.conv2d(_image(x), _kernel(weight), bias, dilation=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        image, kernel, errors = _image(x), _kernel(weight), _image(gradient)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            errors, image, kernel, None, [1, 1], [0, 0], [2, 2], False, [0, 0], 1, [for_x, for_weight, False]
-        )
+        rows = _rows(gradient)
+        dx = dw = None
+        if for_weight:
+            # What the weights are is of no account to their own gradient.
+            kernel = _kernel(weight if for_x else gradient.new_empty(ctx.weight_shape))
+            dx, dw, _ = torch.ops.aten.convolution_backward(
+                _image(rows), _image(x), kernel, None, [1, 1], [0, 0], [2, 2], False, [0, 0], 1, [for_x, True, False]
+            )
+        elif for_x:
+            dx = F.conv2d(_image(rows), _kernel(weight.t()), dilation=2)
         return (
-            _matrix(dx) if for_x else None,
-            dw[:, :, 0, 0] if for_weight else None,
-            gradient.sum(0) if for_bias else None,
+            _rows(dx) if dx is not None else None,
+            dw[:, :, 0, 0] if dw is not None else None,
+            rows.sum(0) if for_bias else None,
         )
 
 
@@ -84,9 +93,9 @@ def _image(rows: Tensor) -> Tensor:
     return rows.contiguous().as_strided((1, channels, n, 1), (n * channels, 1, channels, channels))
 
 
+def _rows(image: Tensor) -> Tensor:
+    return image[0, :, :, 0].t()
+
+
 def _kernel(weight: Tensor) -> Tensor:
     return weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
-
-
-def _matrix(image: Tensor) -> Tensor:
-    return image[0, :, :, 0].t()

@@ -49,11 +49,23 @@ def test_istft_is_torchs_forward_and_backward(n_fft, hop_length, samples):
         ({"n_fft": 256, "hop_length": 129, "length": 100}, "hop_length 129"),
         ({"n_fft": 512, "hop_length": 64, "length": 100}, "129 bins"),
         ({"n_fft": 256, "hop_length": 64, "length": 640}, "640 samples"),
+        ({"n_fft": 256, "hop_length": 64, "length": 0}, "0 samples"),
     ],
 )
 def test_istft_refuses_what_is_no_stft_of_that_length(options, named):
     with pytest.raises(ValueError, match=named):
         istft(torch.zeros(1, 10, 129, dtype=torch.complex64), **options)
+
+
+def test_istft_refuses_what_torch_refuses():
+    """The last sample has a weight of 4e-13."""
+    options = {"n_fft": 4096, "hop_length": 2048, "length": 9 * 2048 - 1}
+    spectrum = torch.ones(1, 9, 2049, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="hangs by the tip"):
+        istft(spectrum, **options)
+    with pytest.raises(RuntimeError, match="window overlap add min"):
+        torch.istft(spectrum.transpose(1, 2), 4096, 2048, window=torch.hann_window(4096), length=options["length"])
+    assert istft(spectrum, n_fft=4096, hop_length=2048, length=9 * 2048 - 100).isfinite().all()
 
 
 def test_frames_come_before_bins():

@@ -74,7 +74,7 @@ def test_gradients_only_for_what_asks_for_them(calls):
         (found,) = torch.autograd.grad(linear(x, weight, bias), [asks], errors)
         (wanted,) = torch.autograd.grad(F.linear(x, weight, bias), [asks], errors)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert len(calls) == 3
+    assert len(calls) == 4  # the gradient of x alone is one more
 
 
 @needs_both
@@ -135,10 +135,11 @@ def test_no_rows(calls):
     assert linear(torch.zeros(2, 0, 96), torch.zeros(288, 96), None).shape == (2, 0, 288)
 
 
-def test_torch_elsewhere(monkeypatch):
+def test_torch_elsewhere(calls, monkeypatch):
     monkeypatch.setattr(module, "mkl_is_slower", lambda: False)
     x, weight, bias, _ = inputs(824, 96, 288)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not calls
 
 
 @pytest.mark.parametrize(
@@ -173,10 +174,47 @@ def test_a_layer_is_torchs_but_for_its_product():
 def test_a_step_of_training_gives_the_same_weights(calls):
     x, _, _, errors = inputs(824, 96, 288)
     layers = [Linear(96, 288), nn.Linear(96, 288)]
-    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].load_state_dict(before := {k: v.clone() for k, v in layers[0].state_dict().items()})
     for layer in layers:
-        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-        (layer(x) * errors).mean().backward()
+        optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+        (layer(x) * errors).mean(dim=0).sum().backward()
         optimizer.step()
     assert calls
-    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-5, atol=1e-6)
+    for (name, ours), torchs in zip(layers[0].named_parameters(), layers[1].parameters(), strict=True):
+        assert float((ours.detach() - before[name]).abs().max()) > 0.05
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
+@needs_both
+@pytest.mark.parametrize("shape", [(824, 96), (4, 206, 96)])
+def test_the_result_may_be_written_to(calls, shape):
+    x, weight, bias, _ = inputs(824, 96, 288)
+    weight.requires_grad_()
+
+    def gradient(function):
+        y = F.relu(function(x.view(shape), weight, bias).mul_(2), inplace=True)
+        return torch.autograd.grad(y.square().sum(), weight)[0]
+
+    torch.testing.assert_close(gradient(linear), gradient(F.linear), rtol=1e-4, atol=1e-3)
+    assert calls
+
+
+@needs_both
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_keeps_only_what_the_gradients_need(calls, frozen):
+    x, weight, bias, errors = inputs(824, 96, 288)
+    kept = []
+
+    def gradient(function):
+        rows, layer = x.clone(), weight.clone()
+        asks = (layer if frozen == "x" else rows).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            y = function(rows, layer, bias)
+        with torch.no_grad():
+            asks.mul_(2)  # its gradient does not depend on it
+        return torch.autograd.grad(y, asks, errors)[0]
+
+    ours = gradient(linear)
+    assert kept == [x.numel() if frozen == "x" else weight.numel()]
+    torch.testing.assert_close(ours, gradient(F.linear), rtol=1e-4, atol=1e-4)
+    assert calls
