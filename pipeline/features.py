@@ -46,7 +46,7 @@ def istft(
 ) -> Float[Tensor, "batch time"]:
     """The first `length` samples of the least-squares inverse of `stft` (Griffin and Lim 1984, eq. 6).
 
-    torch.istft's values and gradients (but no gradient of these) in half of its time on a CPU: its own gradient
+    torch.istft's values and gradients (no second derivatives) in half of its time on a CPU: its own gradient
     transposes the whole spectrum. ValueError for hops above half a window, for bins of another n_fft, for no samples,
     for too few frames, and where the last sample hangs by the tip of one window.
     """

@@ -34,7 +34,7 @@ def mkl_is_slower() -> bool:
 def linear(
     x: Float[Tensor, "*batch inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
 ) -> Float[Tensor, "*batch outputs"]:
-    """torch.nn.functional.linear, to a few units in the last place, by the faster library. Its gradient has none."""
+    """torch.nn.functional.linear, to a few units in the last place, by the faster library; no second derivatives."""
     if not (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
