@@ -7,6 +7,7 @@ resunet                the baseline
 mae_resunet            with the frozen A-MAE of `model:`
 mae_resunet_updated    the A-MAE learns too, as it does after `unfreeze_step`
 mae_resunet_aligned    frozen; the features of the frames where they belong (crop), as a second channel
+mae_resunet_interferer   frozen; the features tell what else sounds, which is learned beside the separation
 
 A step is forward, L1, backward and Adam in fp32 (a frozen A-MAE as `bf16_frozen` says), on the same random mixtures for
 all. Steps are taken in turn, so that all meet the same noise of a busy machine; one thread on a CPU is timed by its CPU
@@ -39,15 +40,15 @@ from pipeline.cost import cost
 from pipeline.losses import l1_loss
 from pipeline.pretraining import PretrainParams
 from pipeline.runtime import keep_freed_memory
-from pipeline.separators import build, model_params, separate_part
+from pipeline.separators import build, model_params, separate_part, separate_part_and_tell
 from pipeline.stages.sed import SedParams
-from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
+from pipeline.stages.train_separator import INTERFERER_WEIGHT, MaeSeparatorParams, SeparatorParams, TrainParams
 from pipeline.training import build_optimizer
 from pipeline.upstreams.mae import encoder_sizes
 
 SMALL, FULL = Path("params.yaml"), Path("profiles/audioset.yaml")
 BASELINE = "resunet"
-NAMES = [BASELINE, "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned"]
+NAMES = [BASELINE, "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer"]
 PANNS_QUERY_DIM = 2048
 MB = 2**20
 
@@ -107,8 +108,12 @@ class Step:
     def __call__(self, mixture: Tensor, target: Tensor, query: Tensor) -> float:
         """Seconds of one step, as stage train_separator takes it: of the part of the mixture that has a target."""
         start = now(self.device)
-        estimate = separate_part(self.network, mixture, query, slice(0, target.shape[1]))
-        loss = l1_loss(estimate.float(), target).mean()
+        part = slice(0, target.shape[1])
+        if getattr(self.network, "learns_interferer", False):
+            estimate, told = separate_part_and_tell(self.network, mixture, query, query.flip(0), part)
+            loss = l1_loss(estimate.float(), target).mean() + INTERFERER_WEIGHT * told
+        else:
+            loss = l1_loss(separate_part(self.network, mixture, query, part).float(), target).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

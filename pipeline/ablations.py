@@ -74,6 +74,12 @@ ABLATIONS = (
     _one("fusion-deep", "model.fusion=deep", "where a row of the U-Net is 16 frames"),
     _one("fusion-film", "model.fusion=film", "the mean over time, with the query"),
     _one("fusion-attention", "model.fusion=attention", "looked up at the bottleneck"),
+    _one("fusion-interferer", "model.fusion=interferer", "they tell what else sounds, by an objective of its own"),
+    Ablation(
+        "interferer-random",
+        ("model.fusion=interferer", "model.upstream=random"),
+        "the same objective, without a feature to tell it by",
+    ),
     _one("fusion-none", "model.fusion=none", "the baseline through the same code"),
     _one("updated", "model.freeze_mae=false", "the encoder learns, all its layers are used"),
     Ablation("lora", ("model.freeze_mae=false", "model.lora_rank=8"), "low-rank adapters learn in the encoder"),

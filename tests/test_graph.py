@@ -91,7 +91,8 @@ def test_the_graph_runs_and_its_report_is_whole(project):
     assert page.count("<audio") >= 8
     assert str(project) not in page
     assert "5.18" in (project / "reports" / "table1.md").read_text()
-    models = ("resunet", "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned")
+    with_features = ("mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer")
+    models = ("resunet", *with_features)
     assert all(metrics[f"{model}.average.n_pairs"] == 24 for model in models)
     assert metrics["mae_resunet.probe_difference_map"] == 0  # frozen
     assert metrics["mae_resunet.n_trainable"] < metrics["mae_resunet_updated.n_trainable"]

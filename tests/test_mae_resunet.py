@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import separators, upstreams
 from pipeline.cost import cost
 from pipeline.mixing import PairsParams
-from pipeline.separators.mae_resunet import Settings, _time
+from pipeline.separators.mae_resunet import Settings, TellInterferer, _time
 from pipeline.stages.train_separator import Batches, Plan, TrainParams, train_separator
 from pipeline.training import build_optimizer
 from pipeline.upstreams.mae import MaskedAutoencoder
@@ -34,7 +35,7 @@ SETTINGS = {
     "context": "anchor",
 }
 SIZES = {"dim": 64, "depth": 2, "heads": 2}
-FUSIONS = ["freq", "channel", "deep", "film", "attention", "none"]
+FUSIONS = ["freq", "channel", "deep", "film", "attention", "interferer", "none"]
 
 
 def build(seed=0, **changes):
@@ -63,9 +64,11 @@ def test_the_unet_begins_with_the_weights_of_the_baseline(fusion):
         assert torch.equal(found, tensor), name
 
 
-@pytest.mark.parametrize("fusion", ["deep", "film", "attention", "none"])
+@pytest.mark.parametrize("fusion", ["deep", "film", "attention", "interferer", "none"])
 def test_these_fusions_begin_as_the_baseline_and_then_listen(fusion):
     model, mixture_query = build(fusion=fusion).eval(), batch()
+    if fusion == "interferer":
+        model.tell.spread.fill_(1.0)
     assert torch.equal(model(*mixture_query), baseline().eval()(*mixture_query))
     if fusion == "none":
         return
@@ -83,6 +86,8 @@ def test_the_features_reach_the_estimate(fusion):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.2)
+    if fusion == "interferer":
+        model.tell.spread.fill_(1.0)
     mixture, query = batch()
     with_features = model.eval()(mixture, query)
     model.upstream.hidden = lambda waveform: [torch.randn(2, 32, 64)] * 2
@@ -129,7 +134,7 @@ def test_a_part_has_the_features_that_its_rows_have_in_the_whole(fusion):
     if fusion == "none":
         assert torch.equal(model(mixture, query, samples), model(mixture[:, samples], query))
         return
-    if fusion == "film":  # one vector for all rows
+    if fusion in ("film", "interferer"):  # one vector for all rows
         return
     if fusion == "attention":
         places = []
@@ -260,6 +265,85 @@ def test_rows_and_steps_carry_their_time():
     assert len({tuple(row) for row in _time(x).tolist()}) == 5
 
 
+# ------------------------------------------------------------------------------------------- fusion: interferer
+
+
+def test_the_mean_of_the_queries_and_their_spread_are_those_of_the_batches():
+    tell = build(fusion="interferer").tell
+    queries = torch.randn(40, 3, 8, generator=torch.Generator().manual_seed(0)) + 5
+    for query in queries:
+        tell.see(query)
+    everything = queries.flatten(0, 1)
+    torch.testing.assert_close(tell.mean, everything.mean(dim=0))
+    spread = (everything - everything.mean(dim=0)).square().sum(dim=1).mean()
+    assert tell.spread.item() == pytest.approx(spread.item(), rel=0.1)  # each batch from the mean until then
+    for _ in range(1000):
+        tell.see(torch.ones(3, 8))
+    assert (tell.mean - 1).abs().max() < 0.01  # what came long ago counts little
+
+
+def test_a_hint_is_as_long_as_the_queries_lie_from_their_mean():
+    model = build(fusion="interferer")
+    mixture, query = batch()
+    model.tell.see(query)
+    hint = model.tell.hint(model.steps(mixture), query)
+    torch.testing.assert_close(hint.norm(dim=1), model.tell.spread.sqrt().expand(2))
+    assert model.tell.training
+    assert torch.equal(hint, model.tell.hint(model.steps(mixture), query))  # without dropout
+
+
+def test_each_mixture_is_two_examples_of_what_else_sounds():
+    model = build(fusion="interferer").eval()
+    (mixture, query), other = batch(), batch(seed=2)[1]
+    steps = model.steps(mixture)
+    loss = model.interferer_loss(mixture, query, other, steps=steps)
+    by_hand = []
+    for asked, wanted in ((query, other), (other, query)):
+        told = model.tell(steps, asked)
+        by_hand.append(1 - torch.nn.functional.cosine_similarity(told, wanted - model.tell.mean))
+    torch.testing.assert_close(loss, torch.cat(by_hand).mean())
+    assert 0 <= loss <= 2
+
+
+def test_the_separation_does_not_change_what_is_told_and_what_is_told_not_the_separation():
+    model = build(fusion="interferer", freeze_mae=False).train()
+    (mixture, query), other = batch(), batch(seed=2)[1]
+    model.tell.see(query)
+    torch.nn.init.normal_(model.project.weight)
+    estimate, loss = separators.separate_part_and_tell(model, mixture, query, other, slice(0, 9920))
+    tell, unet = list(model.tell.parameters()), [*model.unet.parameters(), *model.project.parameters()]
+    assert set(torch.autograd.grad(estimate.square().sum(), tell, allow_unused=True, retain_graph=True)) == {None}
+    assert set(torch.autograd.grad(loss, unet, allow_unused=True, retain_graph=True)) == {None}
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in tell if p.ndim > 1)
+    assert model.upstream.encoder.blocks[0].attn.qkv.weight.grad.any()  # an updated encoder learns what else sounds
+
+
+@pytest.mark.parametrize("mae_input", ["pad1024", "crop", "hop35"])
+def test_padding_tells_nothing(mae_input):
+    model = build(fusion="interferer", mae_input=mae_input).eval()
+    mixture, query = batch(64000)
+    model.tell.see(query)
+    torch.nn.init.normal_(model.project.weight)
+    steps = model.steps(mixture)
+    n = math.ceil(200 / model.upstream.frames_per_step)
+    assert n < steps.shape[1]
+    changed = torch.cat([steps[:, :n], torch.randn_like(steps[:, n:])], dim=1)
+    assert torch.equal(model(mixture, query, steps=changed), model(mixture, query, steps=steps))
+    other = query.flip(0)
+    assert torch.equal(*(model.interferer_loss(mixture, query, other, steps=s) for s in (changed, steps)))
+
+
+def test_a_separator_that_hears_the_segment_tells_by_the_segment():
+    model = build(fusion="interferer", context="segment").eval()
+    (mixture, query), part = batch(), slice(3200, 3200 + 9920)
+    estimate, loss = separators.separate_part_and_tell(model, mixture, query, query.flip(0), part)
+    assert torch.equal(estimate, model(mixture[:, part], query))
+    again = build(fusion="interferer", context="segment").eval()
+    heard = again.steps(mixture[:, part])
+    assert torch.equal(loss, again.interferer_loss(mixture[:, part], query, query.flip(0), steps=heard))
+
+
 # ------------------------------------------------------------------------------------------------- in the stage
 
 PAIRS = PairsParams(exclude="ontology", normalize="joint", match_energy=True, min_gain=0.02, max_gain=50.0)
@@ -323,6 +407,7 @@ def test_what_is_written_is_whole(anchors, pretrained, tmp_path):
         pytest.param({}, marks=pytest.mark.slow),
         {"freeze_mae": False},
         pytest.param({"freeze_mae": False, "lora_rank": 2}, marks=pytest.mark.slow),
+        {"fusion": "interferer", "layers": "weighted"},
     ],
 )
 def test_a_killed_training_ends_in_the_same_bytes(anchors, pretrained, tmp_path, monkeypatch, changes):
@@ -345,6 +430,37 @@ def test_a_killed_training_ends_in_the_same_bytes(anchors, pretrained, tmp_path,
     run(anchors, tmp_path / "halves", what, checkpoint_every_seconds=1e-9)
     one, two = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "halves"))
     assert one == two
+
+
+def test_what_else_sounds_is_learned_from_the_interferers_of_the_batches(anchors, pretrained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(TellInterferer, "see", lambda self, query: seen.append(query))
+    wanted, loss = [], TellInterferer.loss
+
+    def record(self, steps, query, queries_wanted):
+        wanted.append(queries_wanted)
+        return loss(self, steps, query, queries_wanted)
+
+    monkeypatch.setattr(TellInterferer, "loss", record)
+    run(anchors, tmp_path / "out", plan(pretrained, fusion="interferer"))
+    batches = Batches(anchors, PAIRS, seed=0, batch_size=2, segment_seconds=0.25)
+    for n in range(PARAMS.steps):
+        targets, interferers = (
+            torch.stack([torch.from_numpy(batches.reader.query(row)) for row in rows])
+            for rows in batches.stream.batch(n, 2)
+        )
+        assert torch.equal(seen[n], targets)
+        assert torch.equal(wanted[n], torch.cat([interferers, targets]))
+
+
+def test_the_curve_of_one_that_tells_the_interferer_is_of_the_separation_alone(anchors, pretrained, tmp_path):
+    """Before the first step it is the baseline: whatever it tells, the hint has no weight."""
+    for fusion in ("interferer", "none"):
+        run(anchors, tmp_path / fusion, plan(pretrained, fusion=fusion), steps=1, log_every_steps=1)
+    first = [
+        (tmp_path / f"{fusion}.csv").read_text().splitlines()[1].split(",")[1] for fusion in ("interferer", "none")
+    ]
+    assert first[0] == first[1]
 
 
 def test_an_encoder_does_not_move_before_its_step(anchors, pretrained, tmp_path):

@@ -5,7 +5,8 @@ A query separator maps (mixture (batch, time), query (batch, query_dim)) to the 
 `model:` mapping of params.yaml. Training separates a part of each mixture. One whose `hears_whole` is true is called
 as `separator(mixture, query, part)`, `part` a slice of the samples, and may look beside it; others get the part alone.
 `shared(mixture)`, where a file has it, is what no query changes: tensors (batch, ...) by the name of the argument that
-takes them.
+takes them. One whose `learns_interferer` is true is taught what else sounds, beside separation:
+`interferer_loss(mixture, query, interferer_query, **shared)`.
 
 One without queries (`Separator.takes_query = False`) maps mixture (batch, time) to all sources, (batch, sources, time),
 in no order, at the rate that it is told: `Separator(sample_rate=..., n_sources=..., **model)`. Its
@@ -41,10 +42,29 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
 def separate_part(separator: nn.Module, mixture: Tensor, query: Tensor, part: slice) -> Tensor:
     """What each query asks for in this part of its mixture, as in training: (batch, part)."""
-    if getattr(separator, "hears_whole", False):
-        estimate: Tensor = separator(mixture, query, part)
+    return _separate_part(separator, mixture, query, part)
+
+
+def separate_part_and_tell(
+    separator: nn.Module, mixture: Tensor, query: Tensor, interferer_query: Tensor, part: slice
+) -> tuple[Tensor, Tensor]:
+    """The same of a separator whose `learns_interferer` is true, and its `interferer_loss`; features computed once."""
+    heard = mixture if _hears_whole(separator) else mixture[:, part]
+    shared = separator.shared(heard)  # type: ignore[operator]
+    estimate = _separate_part(separator, mixture, query, part, **shared)
+    loss: Tensor = separator.interferer_loss(heard, query, interferer_query, **shared)  # type: ignore[operator]
+    return estimate, loss
+
+
+def _hears_whole(separator: nn.Module) -> bool:
+    return bool(getattr(separator, "hears_whole", False))
+
+
+def _separate_part(separator: nn.Module, mixture: Tensor, query: Tensor, part: slice, **shared: Tensor) -> Tensor:
+    if _hears_whole(separator):
+        estimate: Tensor = separator(mixture, query, part, **shared)
     else:
-        estimate = separator(mixture[:, part], query)
+        estimate = separator(mixture[:, part], query, **shared)
     return estimate
 
 

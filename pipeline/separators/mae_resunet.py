@@ -11,14 +11,16 @@ channel     one Linear to the bins: a second input channel
 deep        one Linear, added to all bins where a row of the U-Net is 16 frames, before the fifth encoder
 film        their mean over time, one Linear, added to the query
 attention   the rows of the bottleneck (32 frames) look the steps up: cross attention over time, added to all bins
+interferer  with the query they tell what else sounds: the embedding of the interferer, which training teaches them by
+            an objective of its own; what they tell is added to the query, by one Linear. Not in the paper
 none        they do not: the baseline
 
 In evaluation the encoder hears the whole mixture, and the features of its frames depend on where they stand (in `freq`
 with pad1024 a row's features are not even of its own time). Trained on parts of mixtures, the encoder hears the whole
 all the same, and the features of the part's rows are taken (`context: anchor`); with `segment` it hears the part alone.
 
-deep, film and attention begin with zero weights: as the baseline. Every feature vector is brought to zero mean and unit
-variance first. For the same seed the U-Net begins with the baseline's weights, whatever the fusion.
+deep, film, attention and interferer begin with zero weights: as the baseline. Every feature vector is brought to zero
+mean and unit variance first. For the same seed the U-Net begins with the baseline's weights, whatever the fusion.
 """
 
 import math
@@ -36,7 +38,7 @@ from pipeline.separators import resunet
 from pipeline.separators.resunet import FRAMES_MULTIPLE, Pointwise
 from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, align, build, combine, names
 
-Fusion = Literal["freq", "channel", "deep", "film", "attention", "none"]
+Fusion = Literal["freq", "channel", "deep", "film", "attention", "interferer", "none"]
 DEEP_LEVEL, BOTTLENECK_LEVEL = 4, 6
 ATTENTION_HEADS = 4
 
@@ -130,6 +132,9 @@ class Separator(resunet.Separator):
             self.project = _silent(nn.Linear(dim, channels[DEEP_LEVEL - 1]))
         elif fusion == "film":
             self.project = _silent(nn.Linear(dim, query_dim))
+        elif fusion == "interferer":
+            self.tell = TellInterferer(dim, query_dim)
+            self.project = _silent(nn.Linear(query_dim, query_dim))
         elif fusion == "attention":
             self.look_up = LookUp(channels[BOTTLENECK_LEVEL - 1], dim)
 
@@ -193,6 +198,30 @@ class Separator(resunet.Separator):
         """Whether training shows it all of a mixture, of which it separates a part."""
         return self.settings.fusion != "none" and self.settings.context == "anchor"
 
+    @property
+    def learns_interferer(self) -> bool:
+        """Whether training adds `interferer_loss` to its own."""
+        return self.settings.fusion == "interferer"
+
+    def interferer_loss(
+        self,
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+        interferer_query: Float[Tensor, "batch query_dim"],
+        *,
+        steps: Float[Tensor, "batch steps dim"],
+    ) -> Float[Tensor, ""]:
+        """How far what the features tell is from the embedding of the interferer, from 0 to 2.
+
+        `mixture` is what the encoder heard, `steps` what `shared(mixture)` gave. Asked for the interferer, they are to
+        tell the target: each mixture is two examples.
+        """
+        steps = self._sounding(steps, mixture.shape[1])
+        self.tell.see(query)
+        return self.tell.loss(
+            torch.cat([steps, steps]), torch.cat([query, interferer_query]), torch.cat([interferer_query, query])
+        )
+
     def steps(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch steps dim"]:
         """The upstream's features of each mixture, normed, float32.
 
@@ -217,6 +246,11 @@ class Separator(resunet.Separator):
         per_frame = self.upstream.frames_per_step * per_second / FRAME_RATE
         return align(steps, per_frame, n, self.settings.repeat, first, stride)
 
+    def _sounding(self, steps: Float[Tensor, "batch steps dim"], samples: int) -> Float[Tensor, "batch some dim"]:
+        """The steps of so many samples; pad1024 has those of padding too."""
+        seconds_per_step = self.upstream.frames_per_step / FRAME_RATE
+        return steps[:, : math.ceil(samples / SAMPLE_RATE / seconds_per_step)]
+
     def forward(
         self,
         mixture: Float[Tensor, "batch time"],
@@ -233,6 +267,10 @@ class Separator(resunet.Separator):
             return super().forward(mixture[:, part], query)
         if steps is None:
             steps = self.steps(mixture)
+        if self.settings.fusion == "interferer":
+            with torch.no_grad():  # the U-Net takes what it is told, and does not change it
+                told = self.tell.hint(self._sounding(steps, mixture.shape[1]), query)
+            return super().forward(mixture[:, part], query + self.project(told).to(query.dtype))
         first, total = round((part.start or 0) / self.hop_length), 1 + mixture.shape[1] // self.hop_length
         return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, steps, query, first, total))
 
@@ -301,6 +339,72 @@ class LookUp(nn.Module):
             rows = h.float().mean(dim=3).transpose(1, 2)
             found, _ = self.attention(rows + _time(rows, *span), steps + _time(steps), steps, need_weights=False)
         return h + found.transpose(1, 2)[..., None].to(h.dtype)
+
+
+class TellInterferer(nn.Module):
+    """What else sounds: the direction in which the interferer's embedding lies from the mean of all, from the features'
+    mean and maximum over time and the query.
+
+    Embeddings of one encoder share most of their direction (small: their mean has a cosine of 0.9 with each), so both
+    sides are taken from the mean of the training queries, a running one. A hint is as long as those lie from it: ten
+    times longer ones made the U-Net rely on what is often wrong, and took the gain away (reports/LOG.md, 2026-11-23).
+    """
+
+    HIDDEN, DROPOUT, BATCHES_OF_MEAN = 256, 0.2, 100
+
+    def __init__(self, dim: int, query_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * dim + query_dim, self.HIDDEN),
+            nn.GELU(),
+            nn.Dropout(self.DROPOUT),
+            nn.Linear(self.HIDDEN, query_dim),
+        )
+        self.mean: Tensor
+        self.spread: Tensor
+        self.n_batches: Tensor
+        self.register_buffer("mean", torch.zeros(query_dim))
+        self.register_buffer("spread", torch.zeros(()))  # mean square distance from the mean
+        self.register_buffer("n_batches", torch.zeros(()))
+
+    @torch.no_grad()
+    def see(self, query: Float[Tensor, "batch query_dim"]) -> None:
+        """Take a training batch's queries into the running mean and spread."""
+        query = query.float()
+        self.n_batches += 1
+        share = (1 / self.n_batches).clamp(min=1 / self.BATCHES_OF_MEAN)
+        self.mean += share * (query.mean(dim=0) - self.mean)
+        self.spread += share * ((query - self.mean).square().sum(dim=1).mean() - self.spread)
+
+    def forward(
+        self, steps: Float[Tensor, "batch steps dim"], query: Float[Tensor, "batch query_dim"]
+    ) -> Float[Tensor, "batch query_dim"]:
+        """A direction, of any length."""
+        with torch.autocast(steps.device.type, enabled=False):
+            steps = steps.float()
+            asked = F.normalize(query.float() - self.mean, dim=1) * math.sqrt(query.shape[1])
+            told: Tensor = self.layers(torch.cat([steps.mean(dim=1), steps.amax(dim=1), asked], dim=1))
+        return told
+
+    def hint(
+        self, steps: Float[Tensor, "batch steps dim"], query: Float[Tensor, "batch query_dim"]
+    ) -> Float[Tensor, "batch query_dim"]:
+        """That direction, without dropout, as long as embeddings lie from their mean."""
+        training = self.training
+        try:
+            told = F.normalize(self.eval()(steps, query), dim=1)
+        finally:
+            self.train(training)
+        return told * self.spread.sqrt()
+
+    def loss(
+        self,
+        steps: Float[Tensor, "batch steps dim"],
+        query: Float[Tensor, "batch query_dim"],
+        wanted: Float[Tensor, "batch query_dim"],
+    ) -> Float[Tensor, ""]:
+        """1 - cosine of what is told and of what was wanted, from the mean."""
+        return (1 - F.cosine_similarity(self(steps, query), wanted.float() - self.mean, dim=1)).mean()
 
 
 def _time(x: Float[Tensor, "batch n dim"], first: float = 0, total: int | None = None) -> Float[Tensor, "n dim"]:

@@ -259,6 +259,11 @@ def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
             )
             for name, m in models.items()
         ),
+        *(
+            tables.Comparison(f"{name}: objective", "L1, and the interferer's embedding told by the features", "L1")
+            for name, m in models.items()
+            if m["fusion"] == "interferer"
+        ),
     ]
 
 

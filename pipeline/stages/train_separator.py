@@ -2,8 +2,9 @@
 mixed anchors.
 
 The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III); the loss is L1 on the
-waveform. Anchors were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of
-(seed, n): a killed run goes on from its checkpoint to the weights it would have had.
+waveform; a separator that tells what else sounds (`learns_interferer`) is taught that beside it. Anchors were mined
+once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of (seed, n): a killed run goes on
+from its checkpoint to the weights it would have had.
 
 All entries meet the same mixtures in the same order, and their U-Nets begin with the same weights.
 
@@ -47,10 +48,14 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.sampling import PairStream
-from pipeline.separators import build, model_params, read_published, separate_part
+from pipeline.separators import build, model_params, read_published, separate_part, separate_part_and_tell
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
 
 log = logging.getLogger(__name__)
+
+# Of the loss of what else sounds. To Adam the scale of a loss that shares no weights with the other is all one; it is
+# small so that a clipped norm is the separation's.
+INTERFERER_WEIGHT = 0.1
 
 ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has the shards' hashes, of the queries too
 
@@ -116,11 +121,13 @@ class Batch:
     part: slice  # of the samples
     target: Float[Tensor, "batch part"]
     query: Float[Tensor, "batch query_dim"]
+    interferer_query: Float[Tensor, "batch query_dim"]  # of what else sounds; no separator has it but to learn from
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        mixture, target, query = (t.to(device, non_blocking=True) for t in (self.mixture, self.target, self.query))
-        return Batch(mixture, self.part, target, query)
+        tensors = (self.mixture, self.target, self.query, self.interferer_query)
+        mixture, target, query, interferer_query = (t.to(device, non_blocking=True) for t in tensors)
+        return Batch(mixture, self.part, target, query, interferer_query)
 
 
 class Batches:
@@ -155,12 +162,14 @@ class Batches:
             max_gain=self.pairs.max_gain,
         )
         mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
-        query = torch.from_numpy(np.stack([self.reader.query(row) for row in targets]))
+        query, interferer_query = (
+            torch.from_numpy(np.stack([self.reader.query(row) for row in rows])) for rows in (targets, interferers)
+        )
         start = int(
             np.random.default_rng([self.seed, n]).integers(mixture.shape[1] - self.segment_samples, endpoint=True)
         )
         part = slice(start, start + self.segment_samples)
-        return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query)
+        return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query, interferer_query)
 
     def describe(self, n: int) -> str:
         """The anchors of batch n, for an error message."""
@@ -180,9 +189,17 @@ def train(
 
     def loss(batch: Batch) -> Tensor:
         batch = batch.to(device)
+        told = None
         with autocast(device, params.precision):
-            estimate = separate_part(model, batch.mixture, batch.query, batch.part)
-        return l1_loss(estimate.float(), batch.target).mean()
+            if getattr(model, "learns_interferer", False):
+                estimate, told = separate_part_and_tell(
+                    model, batch.mixture, batch.query, batch.interferer_query, batch.part
+                )
+            else:
+                estimate = separate_part(model, batch.mixture, batch.query, batch.part)
+        l1 = l1_loss(estimate.float(), batch.target).mean()
+        # The value is that of the separation alone, as every model's: the curves are compared.
+        return l1 if told is None else l1 + INTERFERER_WEIGHT * (told - told.detach())
 
     groups = getattr(model, "parameter_groups", None)
     parameters = model.parameters() if groups is None else groups(params.learning_rate)
