@@ -400,11 +400,15 @@ def test_fsd50k_without_its_folders_or_with_a_link_says_so(tmp_path):
         list(fsd50k.clips(tmp_path, "test"))
 
 
+ESC10 = {"chainsaw", "clock_tick", "crackling_fire", "crying_baby", "dog"}
+ESC10 |= {"helicopter", "rain", "rooster", "sea_waves", "sneezing"}
+
+
 def esc50_copy(root: Path) -> Path:
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     for i, category in enumerate(sorted(esc50.MIDS)):
         name = f"{i % 5 + 1}-{1000 + i}-A-{i}.wav"
-        lines.append(f"{name},{i % 5 + 1},{i},{category},False,{1000 + i},A")
+        lines.append(f"{name},{i % 5 + 1},{i},{category},{category in ESC10},{1000 + i},A")
         if i != 5:
             put(root / "audio" / name)
     put(root / "meta" / "esc50.csv", "\r\n".join(lines) + "\r\n")
@@ -417,6 +421,19 @@ def test_esc50_gives_its_folds_in_audiosets_classes(tmp_path):
     assert sum(map(len, folds.values())) == 50
     assert Clip("1-1005-A-5", ("/m/01yrx",), None, 0.0, 5.0, "1005") in folds["1"]
     assert Clip("4-1018-A-18", ("/m/05tny_",), "audio/4-1018-A-18.wav", 0.0, 5.0, "1018") in folds["4"]
+
+
+def test_esc10_is_what_of_esc50_says_so(tmp_path):
+    root = esc50_copy(tmp_path)
+    found = {fold: list(esc50.clips(root, f"esc10-{fold}")) for fold in esc50.FOLDS}
+    assert {clip.labels[0] for clips in found.values() for clip in clips} == {esc50.MIDS[name] for name in ESC10}
+    assert sum(map(len, found.values())) == 10
+    assert all(set(found[fold]) < set(esc50.clips(root, fold)) for fold in esc50.FOLDS)
+    path = root / "meta" / "esc50.csv"
+    path.write_text(path.read_text().replace(",False,", ",no,"))
+    with pytest.raises(ValueError, match=r"esc50.csv:2: esc10 is 'no', neither True nor False"):
+        list(esc50.clips(root, "esc10-1"))
+    assert list(esc50.clips(root, "1"))
 
 
 def test_esc50s_categories_are_fifty_different_classes():
@@ -439,7 +456,7 @@ def test_a_mistake_in_esc50_names_its_line(tmp_path, old, new, message):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         list(esc50.clips(tmp_path, "1"))
-    with pytest.raises(ValueError, match="ESC-50 has no fold 'eval'"):
+    with pytest.raises(ValueError, match="ESC-50 has no subset 'eval'"):
         list(esc50.clips(tmp_path, "eval"))
 
 

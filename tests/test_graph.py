@@ -90,7 +90,10 @@ def test_the_graph_runs_and_its_report_is_whole(project):
     page = (project / "reports" / "report.html").read_text()
     assert page.count("<audio") >= 8
     assert str(project) not in page
-    assert "5.18" in (project / "reports" / "table1.md").read_text()
+    table = (project / "reports" / "table1.md").read_text()
+    assert "5.18" in table
+    assert "the intervals are points" in table  # one pair per class
+    assert "the intervals are points" in page
     with_features = ("mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer")
     models = ("resunet", *with_features)
     assert all(metrics[f"{model}.average.n_pairs"] == 24 for model in models)

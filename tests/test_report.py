@@ -856,6 +856,13 @@ def test_what_half_of_the_mixture_beats_is_named():
     assert text.startswith("bad, average query: its SDRi of 2.70 dB is below the 3.01 dB of half of the mixture")
 
 
+def test_intervals_that_are_points_are_said_to_be():
+    assert tables.without_width(23, 24) == []
+    assert tables.without_width(0, 0) == []
+    (text,) = tables.without_width(24, 24)
+    assert "the intervals are points" in text
+
+
 def test_the_data_hash_changes_with_the_data(tmp_path):
     train, evaluation = (tmp_path / split / "manifest.csv" for split in ("train", "eval"))
     for path, text in ((train, "a"), (evaluation, "b")):

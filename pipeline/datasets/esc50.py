@@ -3,7 +3,8 @@
     <root>/meta/esc50.csv                       filename,fold,target,category,esc10,src_file,take
     <root>/audio/<fold>-<src>-<take>-<target>.wav
 
-Subsets are the folds, "1" to "5"; excerpts of one recording lie in one fold. Each category is one AudioSet class.
+Subsets are the folds, "1" to "5"; excerpts of one recording lie in one fold. "esc10-1" to "esc10-5" are what of them
+belongs to ESC-10, ten categories. Each category is one AudioSet class.
 """
 
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 from pipeline.datasets import Clip, labels_of, read_table, root_of, walk
 
 FOLDS = ("1", "2", "3", "4", "5")
+ESC10 = "esc10-"
+SUBSETS = (*FOLDS, *(ESC10 + fold for fold in FOLDS))
 _SECONDS = 5.0
 _FILENAME = re.compile(r"([A-Za-z0-9_-]+)\.wav", re.ASCII)
 
@@ -74,22 +77,26 @@ MIDS = {
 
 
 def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:
-    """The clips of a fold sorted by clip_id, which is the name of the file without its suffix."""
+    """The clips of a subset sorted by clip_id, which is the name of the file without its suffix."""
     counts = Counter() if counts is None else counts
-    if subset not in FOLDS:
-        raise ValueError(f"ESC-50 has no fold {subset!r}; its subsets are {list(FOLDS)}")
+    if subset not in SUBSETS:
+        raise ValueError(f"ESC-50 has no subset {subset!r}; its subsets are {list(SUBSETS)}")
+    fold, only_esc10 = subset.removeprefix(ESC10), subset.startswith(ESC10)
     root_of(root, "meta/esc50.csv and audio/")
     present = {path for path, _ in walk(root, counts, "audio")}
 
     found: dict[str, Clip] = {}
-    for where, row in read_table(root / "meta" / "esc50.csv", ("filename", "fold", "category", "src_file")):
+    columns = ("filename", "fold", "category", "src_file", *(["esc10"] if only_esc10 else []))
+    for where, row in read_table(root / "meta" / "esc50.csv", columns):
         if (match := _FILENAME.fullmatch(row["filename"])) is None:
             raise ValueError(f"{where}: {row['filename']!r} is not the name of a wav file")
         if row["fold"] not in FOLDS:
             raise ValueError(f"{where}: fold {row['fold']!r} is not one of {list(FOLDS)}")
         if row["category"] not in MIDS:
             raise ValueError(f"{where}: {row['category']!r} is not a category of ESC-50")
-        if row["fold"] != subset:
+        if only_esc10 and row["esc10"] not in ("True", "False"):
+            raise ValueError(f"{where}: esc10 is {row['esc10']!r}, neither True nor False")
+        if row["fold"] != fold or (only_esc10 and row["esc10"] != "True"):
             continue
         if (clip_id := match.group(1)) in found:
             raise ValueError(f"{where}: clip {clip_id!r} a second time")

@@ -120,6 +120,16 @@ def below_half(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def without_width(n_classes_with_one_clip: int, n_classes: int) -> list[str]:
+    """A sentence where no class has more than one target clip, so that the intervals, drawn over clips, are points."""
+    if not n_classes or n_classes_with_one_clip < n_classes:
+        return []
+    return [
+        "No class has pairs of more than one target clip, so that there is nothing to draw from: the intervals are "
+        "points, and neither they nor p say how sure a number is."
+    ]
+
+
 def db(value: int | float | None, *, signed: bool = False) -> str:
     """A number of dB with two decimals and a true minus; a dash for None."""
     if value is None:

@@ -215,8 +215,8 @@ def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables
     return [
         tables.Comparison(
             "corpus",
-            f"{here_source}: {', '.join(settings.data.train)} / {', '.join(settings.data.eval)}",
-            "audioset: balanced_train / eval",
+            f"{here_source}: {', '.join(settings.data.train)} / {', '.join(settings.data.eval)}; {n_classes:,} classes",
+            "audioset: balanced_train / eval; 527 classes",
         ),
         tables.Comparison("classes", f"{n_classes:,}", "527"),
         tables.Comparison("pairs per class", f"{settings.eval_pairs.pairs_per_class:,}", "100"),
@@ -418,16 +418,20 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         }
     ours = tables.our_rows(metrics, models, QUERIES, [entry.name for entry in unsupervised])
     differences = tables.difference_rows(metrics, models, QUERIES)
-    below = tables.below_half(ours)
-    for text in below:
+    n_classes = int(metrics["mixture.n_classes"])
+    warnings = [
+        *tables.without_width(int(metrics["mixture.n_classes_with_one_clip"]), n_classes),
+        *tables.below_half(ours),
+    ]
+    for text in warnings:
         log.warning(text)
-    compared = comparisons(settings, int(metrics["mixture.n_classes"]), int(metrics["mixture.n_pairs"]))
+    compared = comparisons(settings, n_classes, int(metrics["mixture.n_pairs"]))
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
     bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
-    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, [*bound, *below, *notes]))
+    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, [*bound, *warnings, *notes]))
     music_tables = music.report_tables(unsupervised, pretraining_music)
     if settings.mixit is not None:
         write_atomic(out / "mixit.md", music.markdown(unsupervised, music_tables, settings.music))
@@ -469,7 +473,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         ),
         "licences": page.licences(settings.data.source, _published(settings)),
         "best_assignment": bound,
-        "below_half": below,
+        "warnings": warnings,
         **_music_context(unsupervised, music_curves, music_tables, pretraining_music, drawings, settings.music),
         **_class_context(summary.per_class, splits),
         **_stage_context(places, models, unsupervised, timings),
