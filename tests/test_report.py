@@ -29,7 +29,7 @@ from pipeline.reporting.statistics import (
     weighted_median,
     wilcoxon_p,
 )
-from pipeline.stages.report import Places, Settings, _rerun, main, read_examples, report
+from pipeline.stages.report import Places, Settings, _rerun, comparisons, main, read_examples, report
 
 RATE = 32000
 PARAMS = """\
@@ -665,6 +665,16 @@ def test_a_model_with_features_brings_encoder_cost_and_ablations(tmp_path):
     table = (tmp_path / "reports" / "table1.md").read_text()
     assert "mae_resunet: features (input and fusion as we read the paper) | mae, frozen, pad1024, freq" in table
     assert "mae_resunet \u2212 resunet" in table
+
+
+def test_an_objective_that_the_paper_has_not_is_said(tmp_path):
+    for fusion, said in (("freq", []), ("interferer", ["mae_resunet: objective"])):
+        params = PARAMS.replace("mae_separators: {}\n", FEATURES.replace("fusion: freq", f"fusion: {fusion}"))
+        (tmp_path / fusion).mkdir()
+        _, settings = make_run(tmp_path / fusion, params=params, mae_resunet=make_scores(gain=5.5))
+        found = [row for row in comparisons(settings, 24, 24) if row.what.endswith("objective")]
+        assert [row.what for row in found] == said
+        assert not any(row.same for row in found)
 
 
 def test_a_table_of_ablations_that_lacks_a_column_is_named(tmp_path):
