@@ -6,12 +6,14 @@ import re
 import shutil
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy.io import wavfile
 
 from pipeline import ontology
@@ -801,6 +803,24 @@ def test_more_classes_than_names_fit_are_drawn_as_a_profile():
     svg = charts.class_chart(per_class)
     assert "by rank" in svg
     assert len(svg) < 60_000
+
+
+@pytest.mark.parametrize(("n", "longest"), [(2, 10), (3, 40), (10, 40), (10, 70)])
+def test_a_legend_stays_inside_its_figure(n, longest):
+    with matplotlib.rc_context(charts._STYLE):
+        figure = Figure(figsize=(7.2, 6), layout="constrained")
+        axes = figure.add_subplot()
+        for i in range(n):
+            axes.plot([0, 1], [0, i], label=f"{i}{'n' * (longest - 1)}")
+        axes.set_yticks([0, 1], ["a class with a long name", "b"])
+        charts._legend_above(axes)
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    frame, room = legend.get_window_extent(), figure.bbox
+    assert (frame.x0, frame.y0) >= (room.x0, room.y0)
+    assert frame.x1 <= room.x1
+    assert frame.y1 <= room.y1
+    assert [text.get_text()[0] for text in legend.get_texts()] == [str(i) for i in range(n)]
 
 
 @settings(max_examples=30)

@@ -97,7 +97,7 @@ def class_chart(per_class: pd.DataFrame) -> str:
         else:
             axes.set_xlabel("class, by rank of the first line")
             axes.set_ylabel("SDRi, dB: median of the class")
-        _legend_above(axes, len(lines))
+        _legend_above(axes)
         return _svg(figure)
 
 
@@ -137,7 +137,7 @@ def training_chart(curves: Mapping[str, pd.DataFrame]) -> str:
                 axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss (dots: validation)" if validated else "loss")
-            _legend_above(axes, drawn)
+            _legend_above(axes)
         return _svg(figure)
 
 
@@ -236,7 +236,7 @@ def purity_chart(purity: Mapping[str, Float[np.ndarray, " anchors"]]) -> str:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("purity of the anchor")
             axes.set_ylabel("% of the anchors")
-            _legend_above(axes, len(present))
+            _legend_above(axes)
         else:
             _nothing(axes, "no anchors")
         return _svg(figure)
@@ -264,14 +264,19 @@ def plain(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _legend_above(axes: Axes, entries: int) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=entries if entries <= 3 else 2,
-        borderaxespad=0.2,
-        handlelength=1.4,
-    )
+def _legend_above(axes: Axes) -> None:
+    """From the left edge of the figure, in two columns, three entries in three, or in as many as there is room for."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    handles, names = axes.get_legend_handles_labels()
+    for columns in range(len(names) if len(names) <= 3 else 2, 0, -1):
+        legend = figure.legend(
+            handles, names, loc="outside upper left", ncols=columns, borderaxespad=0.2, handlelength=1.4
+        )
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().x1 <= figure.bbox.x1:
+            return
+        legend.remove()
 
 
 def _nothing(axes: Axes, text: str) -> None:
