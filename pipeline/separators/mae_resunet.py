@@ -211,7 +211,8 @@ class Separator(resunet.Separator):
         *,
         steps: Float[Tensor, "batch steps dim"],
     ) -> Float[Tensor, ""]:
-        """How far what the features tell is from the embedding of the interferer, from 0 to 2.
+        """How far what the features tell is from the embedding of the interferer, from 0 to 2. For training alone: the
+        queries go into the running mean.
 
         `mixture` is what the encoder heard, `steps` what `shared(mixture)` gave. Asked for the interferer, they are to
         tell the target: each mixture is two examples.
@@ -346,8 +347,8 @@ class TellInterferer(nn.Module):
     mean and maximum over time and the query.
 
     Embeddings of one encoder share most of their direction (small: their mean has a cosine of 0.9 with each), so both
-    sides are taken from the mean of the training queries, a running one. A hint is as long as those lie from it: ten
-    times longer ones made the U-Net rely on what is often wrong, and took the gain away (reports/LOG.md, 2026-11-23).
+    sides are taken from the mean of the training queries, a running one. A hint is as long as those lie from it: one six
+    times as long took the gain away, on one seed (reports/LOG.md, 2026-11-23).
     """
 
     HIDDEN, DROPOUT, BATCHES_OF_MEAN = 256, 0.2, 100
