@@ -347,8 +347,8 @@ class TellInterferer(nn.Module):
     mean and maximum over time and the query.
 
     Embeddings of one encoder share most of their direction (small: their mean has a cosine of 0.9 with each), so both
-    sides are taken from the mean of the training queries, a running one. A hint is as long as those lie from it: one six
-    times as long took the gain away, on one seed (reports/LOG.md, 2026-11-23).
+    sides are taken from the mean of the training queries, a running one. A hint is as long as those lie from it: six
+    times that took the gain away, on one seed (reports/LOG.md, 2026-11-23).
     """
 
     HIDDEN, DROPOUT, BATCHES_OF_MEAN = 256, 0.2, 100
