@@ -1,4 +1,4 @@
-"""Compare metrics.json with the bounds of params.yaml: `python -m pipeline.gate reports/metrics.json`.
+"""Compare metrics.json with the bounds of params.yaml: `python -m pipeline.gate [reports/metrics.json]`.
 
 Prints every gate with its value, its bound and the reason. Exit status: 0 all pass, 1 some do not,
 2 the metrics or the bounds cannot be read.
@@ -31,7 +31,13 @@ def lines(gates: Sequence[Gate]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the gates; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", type=Path, help="a metrics.json written by the report stage")
+    parser.add_argument(
+        "metrics",
+        type=Path,
+        nargs="?",
+        default=Path("reports/metrics.json"),
+        help="a metrics.json written by the report stage (default: %(default)s)",
+    )
     parser.add_argument(
         "--params", type=Path, default=Path("params.yaml"), help="whose `gate:` section holds the bounds"
     )

@@ -104,9 +104,7 @@ def test_the_graph_runs_and_its_report_is_whole(project):
         assert f"mixit.{name}.stem_si_snri" in metrics
     assert metrics["mixit.performer_anchors.pairs_sdri_class_median_mean"] > -30
     assert "Unsupervised separators" in page
-    gate = subprocess.run(
-        [sys.executable, "-m", "pipeline.gate", "reports/metrics.json"], cwd=project, capture_output=True, text=True
-    )
+    gate = subprocess.run([sys.executable, "-m", "pipeline.gate"], cwd=project, capture_output=True, text=True)
     assert gate.returncode == 0, gate.stdout
 
 

@@ -336,7 +336,7 @@ def _rerun(found: dict[str, Any]) -> str:
         lines.append(f"cp {params['profile']} params.yaml")
     elif "params.yaml" in code["changed_files"]:
         lines.append(f"# params.yaml had changes of its own: sha256 {params['sha256']}")
-    return "\n".join([*lines, f"{one}make repro", "python -m pipeline.gate reports/metrics.json"])
+    return "\n".join([*lines, f"{one}make repro", "python -m pipeline.gate"])
 
 
 def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
