@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
     [
         pa.field("anchor", pa.string(), nullable=False),  # the key: <clip_id>-<class_index, three digits>
         pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("recording", pa.string(), nullable=False),  # that the clip was cut from: the unit that is independent
         pa.field("class_index", pa.int64(), nullable=False),
         pa.field("mid", pa.string(), nullable=False),  # of that class
         pa.field("labels", pa.string(), nullable=False),  # all mids of the clip, joined by ;
@@ -64,6 +65,7 @@ class AnchorIndex:
     keys: list[str]
     mids: list[str]
     clip_ids: list[str]
+    recordings: list[str]
     labels: list[str]
 
     @classmethod
@@ -88,6 +90,7 @@ class AnchorIndex:
             keys=table["anchor"].to_pylist(),
             mids=table["mid"].to_pylist(),
             clip_ids=clip_ids,
+            recordings=table["recording"].to_pylist(),
             labels=table["labels"].to_pylist(),
         )
 

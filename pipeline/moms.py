@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from pipeline.anchors import AnchorReader
+from pipeline.datasets import recording_of
 from pipeline.music import MomBatch
 
-VALIDATION_SHARE = 10  # one train clip in so many is held out for the choice of the best weights
+VALIDATION_SHARE = 10  # one train recording in so many is held out for the choice of the best weights
 ATTEMPTS = 100  # to find anchors that may meet, before there are to be fewer of them
 
 
@@ -36,20 +37,24 @@ class Moms(Protocol):
         """Where batch n comes from, pair by pair, for an error message."""
 
 
-def is_validation(clip_id: str) -> bool:
-    """Whether a train clip is held out: a function of its id, whatever other clips there are."""
-    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:4], "big") % VALIDATION_SHARE == 0
+def is_validation(name: str) -> bool:
+    """Whether a recording of train is held out, given its name or that of a clip that states it (`recording_of`).
+
+    A function of the recording alone, whatever other recordings there are: its clips all lie on one side.
+    """
+    digest = hashlib.sha256(recording_of(name).encode()).digest()
+    return int.from_bytes(digest[:4], "big") % VALIDATION_SHARE == 0
 
 
 class AnchorMoms:
     """Mixtures of mixtures of anchors; item j is a function of (seed, j).
 
     x1 and x2 have 1 to `max_stems` anchors each (`random_subsets` False: `max_stems`). Within a mixture of mixtures no
-    class and no clip comes twice, and no clip that is labelled with another anchor's class: where no such anchors are
-    found, there are fewer. All anchors of a mixture get the same energy, and x2 a level `snr_range` dB (uniform) below
-    x1. `segment_samples` of each anchor are used, from anywhere in it.
+    class and no recording comes twice, and no clip that is labelled with another anchor's class: where no such anchors
+    are found, there are fewer. All anchors of a mixture get the same energy, and x2 a level `snr_range` dB (uniform)
+    below x1. `segment_samples` of each anchor are used, from anywhere in it.
 
-    part        train: of the index' clips those without validation; validation: the others; all
+    part        train: the anchors whose recording is not held out; validation: the others; all
     n_items     of a fixed set: its size; None is an endless stream
 
     ValueError when there are fewer than 2 x max_stems classes, or the anchors are shorter than the segments.
@@ -74,7 +79,7 @@ class AnchorMoms:
                 f"segments of {segment_samples} samples: the anchors have {index.segment_samples} "
                 f"({index.segment_samples / index.sample_rate} s)"
             )
-        held_out = [is_validation(clip) for clip in index.clip_ids]
+        held_out = [is_validation(recording) for recording in index.recordings]
         wanted = [part == "all" or held == (part == "validation") for held in held_out]
         rows = np.flatnonzero(wanted)
         self._classes = np.unique(index.class_index[rows])
@@ -112,7 +117,7 @@ class AnchorMoms:
         mixtures = np.zeros((len(items), 2, self._samples), np.float32)
         stems = np.zeros((len(items), 2, self._max_stems, self._samples), np.float32)
         n_stems, snr_db = np.zeros((len(items), 2), np.int64), np.zeros(len(items), np.float32)
-        names, ids = [], []
+        names, ids, recordings = [], [], []
         for i, item in enumerate(items):
             sides, rng = self._draw(item)
             for side, rows in enumerate(sides):
@@ -131,7 +136,11 @@ class AnchorMoms:
             mixtures[i] = stems[i].sum(axis=1)
             names.append((self._mids(sides[0]), self._mids(sides[1])))
             ids.append(("+".join(index.keys[r] for r in sides[0]), "+".join(index.keys[r] for r in sides[1])))
-        return MomBatch(mixtures, stems, n_stems, tuple(ids), tuple(names), snr_db)
+            recordings.append((self._recordings(sides[0]), self._recordings(sides[1])))
+        return MomBatch(mixtures, stems, n_stems, tuple(ids), tuple(recordings), tuple(names), snr_db)
+
+    def _recordings(self, rows: list[int]) -> str:
+        return "+".join(sorted(self._reader.index.recordings[row] for row in rows))
 
     def _mids(self, rows: list[int]) -> tuple[str, ...]:
         return tuple(self._reader.index.mids[row] for row in rows)
@@ -154,8 +163,8 @@ class AnchorMoms:
                 classes = rng.choice(len(self._classes), size=total, replace=False)
                 rows = [int(rng.choice(self._members[c])) for c in classes]
                 mids = {index.mids[row] for row in rows}
-                clips = {index.clip_ids[row] for row in rows}
-                if len(clips) == total and all(self._labels[row] & mids == {index.mids[row]} for row in rows):
+                recordings = {index.recordings[row] for row in rows}
+                if len(recordings) == total and all(self._labels[row] & mids == {index.mids[row]} for row in rows):
                     return (rows[: counts[0]], rows[counts[0] :]), rng
             if total == 2:
                 raise ValueError(f"no two anchors in {ATTEMPTS} pairs whose clips are free of each other's class")

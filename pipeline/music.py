@@ -55,6 +55,7 @@ TRIES = 8  # random places in a track, before the segment's own
 
 COLUMNS = (
     "track_id",
+    "recording",  # what is independent of all others: the artist's tracks together, or the track
     "split",
     "offset",  # of the window, in frames at the file's rate
     "frames",  # of the window
@@ -126,8 +127,7 @@ def split_tracks(
 
     groups: dict[str, list[str]] = {}
     for track in tracks:
-        key = f"track {track.track_id}" if track.artist is None else f"artist {track.artist.casefold()}"
-        groups.setdefault(key, []).append(track.track_id)
+        groups.setdefault(recording_of(track), []).append(track.track_id)
     names: tuple[Subset, Subset, Subset] = ("train", "validation", "test")
     quota = {name: fraction * len(tracks) for name, fraction in zip(names, fractions, strict=True) if fraction}
     if len(groups) < len(quota):
@@ -140,6 +140,11 @@ def split_tracks(
         given[to] += len(groups[key])
         split.update(dict.fromkeys(groups[key], to))
     return split
+
+
+def recording_of(track: Track) -> str:
+    """Name of the track's independent unit: its artist, or the track itself where nobody knows the artist."""
+    return f"track {track.track_id}" if track.artist is None else f"artist {track.artist.casefold()}"
 
 
 def _hash(seed: int, name: str) -> str:
@@ -377,6 +382,7 @@ def scan(
                 rows.append(
                     {
                         "track_id": track.track_id,
+                        "recording": recording_of(track),
                         "offset": offset,
                         "frames": frames,
                         "sample_rate": rate,
@@ -425,6 +431,7 @@ class Row:
     """One row of the index, ready to read."""
 
     track_id: str
+    recording: str
     offset: int
     frames: int
     sample_rate: int
@@ -458,15 +465,26 @@ class SegmentReader:
         self.root, self.sample_rate = root, sample_rate
         self._rows: dict[int, Row] = {}
         known: dict[str, tuple[tuple[str, ...], ...]] = {}
-        columns = [manifest[name] for name in ("track_id", "offset", "frames", "sample_rate", "track_frames", "stems")]
-        for label, track_id, offset, frames, rate, total, stems, paths, mixture in zip(
+        columns = [
+            manifest[name]
+            for name in ("track_id", "recording", "offset", "frames", "sample_rate", "track_frames", "stems")
+        ]
+        for label, track_id, recording, offset, frames, rate, total, stems, paths, mixture in zip(
             manifest.index, *columns, manifest["paths"], manifest["mixture"].fillna(""), strict=True
         ):
             if paths not in known:
                 known[paths] = tuple(tuple(some) for some in json.loads(paths))
             names = tuple(stems.split(";")) if isinstance(stems, str) and stems else ()
             self._rows[int(label)] = Row(
-                str(track_id), int(offset), int(frames), int(rate), int(total), names, known[paths], mixture or None
+                str(track_id),
+                str(recording),
+                int(offset),
+                int(frames),
+                int(rate),
+                int(total),
+                names,
+                known[paths],
+                mixture or None,
             )
 
     def row(self, label: int) -> Row:
@@ -531,6 +549,9 @@ class MomBatch:
     """0 for a track whose stems nobody knows."""
 
     track_ids: tuple[tuple[str, str], ...]
+
+    recordings: tuple[tuple[str, str], ...]
+    """Independent units that each mixture is made of, joined by +: artists or tracks, or the clips' recordings."""
 
     stem_names: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
     """Of each mixture's `n_stems` stems."""
@@ -629,7 +650,9 @@ class MomStream:
             mixtures[i, 1] *= gain
             stems[i, 1, : n_stems[i, 1]] *= gain
             names.append((named[0], named[1]))
-        return MomBatch(mixtures, stems, n_stems, tuple(self.describe(n)), tuple(names), snr_db)
+        pairs = [tuple(self._reader.row(self._labels[place]).recording for place in self._pair(item)) for item in items]
+        recordings = cast(tuple[tuple[str, str], ...], tuple(pairs))
+        return MomBatch(mixtures, stems, n_stems, tuple(self.describe(n)), recordings, tuple(names), snr_db)
 
     def _items(self, n: int) -> range:
         last = (n + 1) * self._batch_size

@@ -375,6 +375,7 @@ class ClipEntry:
     """A clip that is in the shards: a row of manifest.csv with status ok."""
 
     clip_id: str
+    recording: str  # the clip id where the manifest names none
     labels: tuple[str, ...]
     duration_seconds: float
     shard: str
@@ -400,6 +401,7 @@ class ClipReader:
                         continue
                     self.clips[row["clip_id"]] = ClipEntry(
                         clip_id=row["clip_id"],
+                        recording=row.get("recording") or row["clip_id"],
                         labels=tuple(filter(None, row["labels"].split(";"))),
                         duration_seconds=float(row["duration_seconds"]),
                         shard=row["shard"],

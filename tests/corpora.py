@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 
 from pipeline import anchors, ontology, shards
+from pipeline.datasets import recording_of
 
 SAMPLE_RATE = 32000
 # Speech, Dog and Bell stand for three pitches.
@@ -33,7 +34,9 @@ def write_clips(directory: Path, n_per_class: int, *, seconds: float = 4.0, seed
             quiet = np.rint(30 * rng.standard_normal(round(seconds / 2 * SAMPLE_RATE))).astype(np.int16)
             pcm = np.concatenate([quiet, tone(mid, seconds / 2, rng)])
             samples.append((clip_id, {"wav": shards.encode_wav(pcm, SAMPLE_RATE)}))
-            rows.append({"clip_id": clip_id, "labels": mid, "status": "ok", "duration_seconds": seconds})
+            rows.append(
+                {"clip_id": clip_id, "recording": clip_id, "labels": mid, "status": "ok", "duration_seconds": seconds}
+            )
     place = {member.key: member for member in shards.write_shard(directory / "clips-00000.tar", samples)}
     for row in rows:
         member = place[row["clip_id"]]
@@ -64,9 +67,10 @@ def write_anchors(
             waveform = pcm / 32768
             rows.append(
                 {
-                    "anchor": key, "clip_id": clip_id, "class_index": index, "mid": mid, "labels": mid,
-                    "onset_seconds": 0.0, "score": 0.9, "purity": 0.9, "energy": float(np.mean(waveform**2)),
-                    "peak": float(abs(waveform).max()), "shard": "anchors-00000.tar", "sha256": "",
+                    "anchor": key, "clip_id": clip_id, "recording": clip_id, "class_index": index, "mid": mid,
+                    "labels": mid, "onset_seconds": 0.0, "score": 0.9, "purity": 0.9,
+                    "energy": float(np.mean(waveform**2)), "peak": float(abs(waveform).max()),
+                    "shard": "anchors-00000.tar", "sha256": "",
                 }
             )  # fmt: skip
     place = {(m.key, m.ext): m for m in shards.write_shard(directory / "anchors-00000.tar", samples)}
@@ -111,9 +115,9 @@ def write_sounds(
         samples.append((key, {"wav": shards.encode_wav(pcm, sample_rate), "npy": shards.encode_array(query)}))
         rows.append(
             {
-                "anchor": key, "clip_id": clip_id, "class_index": index, "mid": ontology.classes()[index].mid,
-                "labels": ";".join(mids), "onset_seconds": 0.0, "score": 0.9, "purity": 0.9,
-                "energy": float(np.mean(waveform**2)), "peak": float(abs(waveform).max()),
+                "anchor": key, "clip_id": clip_id, "recording": recording_of(clip_id), "class_index": index,
+                "mid": ontology.classes()[index].mid, "labels": ";".join(mids), "onset_seconds": 0.0, "score": 0.9,
+                "purity": 0.9, "energy": float(np.mean(waveform**2)), "peak": float(abs(waveform).max()),
                 "shard": "anchors-00000.tar", "sha256": "",
             }
         )  # fmt: skip

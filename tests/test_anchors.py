@@ -53,7 +53,7 @@ def write(directory: Path, labels: dict[str, list[int]], *, n_shards: int = 2, s
             wav, npy = members[key, "wav"], members[key, "npy"]
             rows.append(
                 {
-                    "anchor": key, "clip_id": clip, "class_index": k, "mid": MIDS[k],
+                    "anchor": key, "clip_id": clip, "recording": f"of {clip}", "class_index": k, "mid": MIDS[k],
                     "labels": ";".join(MIDS[other] for other in labels[clip]),
                     "onset_seconds": 0.5, "score": 0.9, "purity": 0.8, "energy": 0.1 * k, "peak": 1.0, "shard": name,
                     "wav_offset": wav.offset, "wav_size": wav.size, "query_offset": npy.offset, "query_size": npy.size,

@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline import ontology
-from pipeline.datasets import AUDIO_SUFFIXES, Clip, audioset, esc50, fsd50k, load, synthetic
+from pipeline.datasets import AUDIO_SUFFIXES, Clip, audioset, esc50, fsd50k, load, recording_of, synthetic
 from pipeline.datasets.audioset import Segment, read_segments, resolve
 
 SPEECH, MALE, DOG = "/m/09x0r", "/m/05zppz", "/m/0bt9lr"
@@ -266,6 +266,29 @@ def test_two_segments_of_one_recording_are_two_clips_each_with_its_own_file(tmp_
     counts: Counter[str] = Counter()
     assert [clip.path for clip in audioset.clips(tmp_path, "eval", counts)][:2] == [f"{YTID}.wav"] * 2
     assert counts["files_of_several_segments"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "recording"),
+    [
+        ("1-100032-A-0", "100032"),
+        ("5-9032-C", "9032"),
+        ("6-9032-C", "6-9032-C"),  # no fold of ESC-50
+        (YTID, YTID),
+        (f"{YTID}_30000", YTID),
+        (f"{YTID}_", f"{YTID}_"),
+        ("100032", "100032"),
+    ],
+)
+def test_the_recording_is_what_the_name_of_a_clip_states(name, recording):
+    assert recording_of(name) == recording
+    assert recording_of(recording) == recording
+
+
+def test_takes_in_a_copy_laid_out_as_audioset_are_of_one_recording(tmp_path):
+    takes = ("1-100032-A", "1-100032-B", "1-100033-A")
+    (tmp_path / "eval_segments.csv").write_text("".join(f'{take}, 0.000, 5.000, "{SPEECH}"\n' for take in takes))
+    assert [clip.recording for clip in audioset.clips(tmp_path, "eval")] == ["100032", "100032", "100033"]
 
 
 def test_a_name_without_fraction_of_a_second_still_finds_its_segment(tmp_path):

@@ -54,6 +54,7 @@ def write_anchors(directory, seed):
             rows.append(
                 {
                     **{"anchor": key, "clip_id": key[:-4], "class_index": class_index, "mid": mid, "labels": mid},
+                    "recording": key[:-4],
                     **{"onset_seconds": 0.0, "score": 1.0, "purity": 1.0, "sha256": ""},
                     **{"energy": float(np.mean(waveform**2)), "peak": float(abs(waveform).max())},
                 }
@@ -83,10 +84,12 @@ def write_pairs(directory, class_indices):
                 "mid": classes()[target].mid,
                 "target": anchor(target, number),
                 "target_clip": anchor(target, number)[:-4],
+                "target_recording": f"recording of {anchor(target, number)[:-4]}",
                 "interferer_class_index": interferer,
                 "interferer_mid": classes()[interferer].mid,
                 "interferer": anchor(interferer, (number + 1) % ANCHORS_PER_CLASS),
                 "interferer_clip": anchor(interferer, (number + 1) % ANCHORS_PER_CLASS)[:-4],
+                "interferer_recording": f"recording of {anchor(interferer, (number + 1) % ANCHORS_PER_CLASS)[:-4]}",
                 "gain": 0.5 + pair / N_PAIRS,
             }
         )
@@ -143,6 +146,8 @@ def test_scores_are_those_of_each_pair_worked_out_alone(world, result):
     separator = build("resunet", **MODEL).eval()
     separator.load_state_dict(load_file(world / "separator" / "weights.safetensors"))
     pairs = pd.read_parquet(world / "pairs" / "eval" / "pairs.parquet")
+    for role in ("target_recording", "interferer_recording"):
+        assert scores.xs("oracle", level="query")[role].tolist() == pairs[role].tolist()
     for pair in pairs.iloc[[0, 7, 23]].itertuples():
         mixture, target, interferer = mix(
             torch.from_numpy(reader.waveform(reader.index.row(pair.target)))[None],

@@ -68,6 +68,8 @@ def write_pairs(directory):
                 "mid": f"/m/{target}",
                 "target": f"c{target}x{pair % 3}-{target:03d}",
                 "target_clip": f"c{target}x{pair % 3}",
+                "target_recording": f"recording of c{target}x{pair % 3}",
+                "interferer_recording": f"recording of c{interferer}x{pair % 2}",
                 "interferer": f"c{interferer}x{pair % 2}-{interferer:03d}",
                 "gain": 0.5 + pair / N_PAIRS,
             }
@@ -172,6 +174,7 @@ def test_scores_of_mixtures_of_mixtures_are_those_of_each_worked_out_alone(world
             estimates, masks = separator.separate(mixtures.sum(dim=1))
         found = table.iloc[item]
         assert found["source"] == batch.track_ids[0][0]
+        assert (found["target_recording"], found["interferer_recording"]) == batch.recordings[0]
         expected = {
             "snr": -mixit_loss(estimates, mixtures, max_snr_db=30.0).loss,
             "do_nothing_snr": -mixit_loss(mixtures.sum(dim=1, keepdim=True).expand(1, 4, -1) / 4, mixtures).loss,
@@ -202,6 +205,7 @@ def test_scores_of_stems_are_those_of_each_mixture_worked_out_alone(world, resul
         assignment = best_assignment(estimates, stems, objective="si_snr", max_snr_db=100.0)
         gain = si_sdr(remix(estimates, assignment, count), stems) - si_sdr(mixture[:, None].expand_as(stems), stems)
         assert (row.source, row.n_stems) == (batch.track_ids[0][0], count)
+        assert row.target_recording == batch.recordings[0][0]
         assert row.si_snri == pytest.approx(gain.mean().item(), abs=1e-3)
     assert summary["stems"]["si_snri"]["mean"] == pytest.approx(table["si_snri"].mean(), abs=1e-3)
     assert table[["sdr", "sir", "sar"]].notna().all(axis=None)
@@ -232,7 +236,8 @@ def test_pairs_are_scored_by_the_best_assignment_of_outputs(world, results):
                 best = loss, output
         expected = sdr(best[1], target) - sdr(mixture, target)
         assert found.sdri == pytest.approx(expected.item(), abs=1e-3)
-        assert (found.class_index, found.target_clip) == (pair.class_index, pair.target_clip)
+        of_pair = ("class_index", "target_clip", "target_recording", "interferer_recording")
+        assert [getattr(found, name) for name in of_pair] == [getattr(pair, name) for name in of_pair]
     medians = table.groupby("class_index")["sdri"].median()
     assert summary["pairs"]["sdri_class_median_mean"]["mean"] == pytest.approx(medians.mean(), abs=1e-3)
     means = table.groupby("class_index")["sdri"].mean()

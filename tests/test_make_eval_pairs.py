@@ -42,8 +42,8 @@ def rows_of(clips: dict[str, list[str]], seed: int = 0) -> list[dict]:
             level = np.random.default_rng([seed, k, *clip.encode()]).uniform(1e-3, 1)
             rows.append(
                 {
-                    "anchor": anchor_key(clip, k), "clip_id": clip, "class_index": k, "mid": mid,
-                    "labels": ";".join(mids), "onset_seconds": k / 100, "score": 0.5, "purity": 0.5,
+                    "anchor": anchor_key(clip, k), "clip_id": clip, "recording": clip[:3], "class_index": k,
+                    "mid": mid, "labels": ";".join(mids), "onset_seconds": k / 100, "score": 0.5, "purity": 0.5,
                     "energy": level, "peak": 1.0, "shard": "anchors-00000.tar", "wav_offset": 0,
                     "wav_size": 0, "query_offset": 0, "query_size": 0, "sha256": "",
                 }
@@ -170,7 +170,7 @@ def test_the_same_anchors_and_seed_give_the_same_rows_in_any_index_and_for_ever(
     # not even the index' own order matters
     index = AnchorIndex.load(tmp_path / "anchors")
     table = index.table.take(pa.array(np.random.default_rng(0).permutation(len(index))))
-    lists = {name: table[name].to_pylist() for name in ("anchor", "mid", "clip_id", "labels")}
+    lists = {name: table[name].to_pylist() for name in ("anchor", "mid", "clip_id", "recording", "labels")}
     shuffled = AnchorIndex(
         32000, 64000, 4, (), table, table["class_index"].to_numpy(), table["energy"].to_numpy(), *lists.values()
     )

@@ -51,11 +51,14 @@ def write_clips(directory: Path, clips: dict[str, tuple[list[str], np.ndarray]],
         places = {m.key: m for m in shards.write_shard(directory / name, samples) if m.ext == "wav"}
         for clip, (labels, pcm) in own.items():
             place = {"shard": name, "offset": places[clip].offset, "size": places[clip].size}
-            rows.append({"clip_id": clip, "labels": ";".join(labels), "status": "ok", **place})
+            rows.append(
+                {"clip_id": clip, "recording": f"of {clip}", "labels": ";".join(labels), "status": "ok", **place}
+            )
             rows[-1]["duration_seconds"] = len(pcm) / RATE
     rows.append({"clip_id": "broken", "labels": SIREN, "status": "decode_error"})
     with open(directory / "manifest.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["clip_id", "labels", "status", "duration_seconds", "shard", "offset", "size"])
+        columns = ["clip_id", "recording", "labels", "status", "duration_seconds", "shard", "offset", "size"]
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["clip_id"]))
     shards.write_index(directory, names)
@@ -116,6 +119,7 @@ def test_the_anchor_is_where_the_sound_is(hear, tmp_path):
     onsets = {"a": 0.5, "b": 2.13, "c": 3.0, "d": 0.0, "e": 3.9}
     clips = {clip: ([SIREN], burst(onset, seed=n)) for n, (clip, onset) in enumerate(onsets.items())}
     summary, index = hear(clips)
+    assert index.recordings == [f"of {clip}" for clip in index.clip_ids]
     found = dict(zip(index.clip_ids, index.table["onset_seconds"].to_pylist(), strict=True))
     for clip, onset in onsets.items():
         assert found[clip] == pytest.approx(min(onset, 3.0), abs=0.011)  # the last window begins at 3 s

@@ -170,6 +170,33 @@ def test_validation_clips_are_held_out_for_good(reader):
     assert clips["all"] & clips["validation"]
 
 
+def test_takes_of_one_recording_validate_together_and_never_meet(tmp_path):
+    sounds = [
+        (f"1-{upload}{index}-{take}-7", index, [index]) for index in CLASSES for upload in range(30) for take in "ABC"
+    ]
+    first, second = CLASSES[:2]
+    sounds += [(f"2-{upload}{first}-D-7", second, [second]) for upload in range(30)]  # from the first class' uploads
+    takes = open_anchors(write_sounds(tmp_path / "train", sounds))
+    met = {part: set() for part in ("train", "validation")}
+    for part, recordings in met.items():
+        for n in range(60):
+            for sides in moms(takes, part=part).batch(n).recordings:
+                together = [recording for side in sides for recording in side.split("+")]
+                assert len(set(together)) == len(together)
+                recordings.update(together)
+    assert not met["train"] & met["validation"]
+    assert len(met["validation"]) > 5
+    clips = takes.index.clip_ids
+    assert {is_validation(clip) for clip in clips} == {True, False}
+    assert [is_validation(clip) for clip in clips] == [is_validation(name) for name in takes.index.recordings]
+
+
+def test_segments_of_one_upload_validate_together():
+    for n in range(200):
+        upload = f"-abcdefg{n:03d}"
+        assert len({is_validation(name) for name in (upload, f"{upload}_0", f"{upload}_30000")}) == 1
+
+
 def test_who_validates_depends_on_the_clips_name_alone_and_is_a_tenth():
     held_out = [is_validation(f"clip{i}") for i in range(5000)]
     assert sum(held_out) == pytest.approx(500, abs=70)

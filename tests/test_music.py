@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline import music
 from pipeline.audio import level_db
 from pipeline.datasets.music import Stem, Track, four_stems, load, moisesdb, synthetic_stems, tracks_of
-from pipeline.music import HELD_OUT, BadFile, MomStream, SegmentReader, of_split, segments, split_tracks
+from pipeline.music import HELD_OUT, BadFile, MomStream, SegmentReader, of_split, recording_of, segments, split_tracks
 
 RATE = 8000
 
@@ -359,6 +359,11 @@ def test_synthetic_tracks_are_made_in_no_time(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
+def test_tracks_of_an_artist_are_one_recording():
+    assert recording_of(plain("t1", artist="Ärzte")) == recording_of(plain("t2", artist="ärzte"))
+    assert recording_of(plain("t1")) != recording_of(plain("t2"))
+
+
 def test_tracks_of_an_artist_stay_together_and_fractions_are_met():
     tracks = [plain(f"t{i}", artist=f"A{i % 40}" if i % 2 else None) for i in range(200)]
     split = split_tracks(tracks, "track", (0.7, 0.1, 0.2), seed=1)
@@ -641,6 +646,7 @@ def test_batches_are_a_function_of_seed_and_number(corpus):
     assert same(later, stream(corpus, corpus[1].sample(frac=1, random_state=0)).batch(7))
     np.testing.assert_array_equal(stream(corpus, batch_size=8).batch(3).mixtures[4:], later.mixtures)
     assert one.describe(7) == list(later.track_ids)
+    assert later.recordings == tuple(tuple(f"track {name}" for name in pair) for pair in later.track_ids)
 
 
 def test_pairs_are_of_different_tracks_and_all_of_them_come(corpus):

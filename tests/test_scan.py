@@ -63,8 +63,8 @@ def test_present_and_missing_clips_are_listed_apart_and_counted(tmp_path):
     summary = scan(out, params(root), source)
     assert sorted(path.name for path in out.iterdir()) == ["eval.csv", "missing.csv", "summary.json", "train.csv"]
     assert (out / "train.csv").read_bytes() == (
-        b"clip_id,subset,labels,path,size_bytes,start_seconds,end_seconds\n"
-        b"-a,train,/m/09x0r;/m/0bt9lr,audio/-a.wav,1,30.0,40.0\n"
+        b"clip_id,recording,subset,labels,path,size_bytes,start_seconds,end_seconds\n"
+        b"-a,-a,train,/m/09x0r;/m/0bt9lr,audio/-a.wav,1,30.0,40.0\n"
     )
     assert [row["clip_id"] for row in table(out / "eval.csv")] == ["c"]
     assert [(row["split"], row["clip_id"]) for row in table(out / "missing.csv")] == [("eval", "a_"), ("train", "b")]
@@ -114,6 +114,15 @@ def test_a_clip_in_two_subsets_of_a_split_counts_once(tmp_path):
     assert summary["train"]["repeated_clips"] == 2
 
 
+def test_takes_of_one_recording_are_clips_of_their_own(tmp_path):
+    takes = [Clip(f"1-7-{take}-0", (DOG,), f"audio/1-7-{take}-0.wav", 0.0, 5.0, "7") for take in "ABC"]
+    source = dataset(tmp_path, esc50=takes, esc10=takes, eval=[clip("e")])
+    summary = scan(tmp_path / "out", params(tmp_path, train=("esc50", "esc10")), source)
+    rows = table(tmp_path / "out" / "train.csv")
+    assert [(row["clip_id"], row["recording"]) for row in rows] == [(take.clip_id, "7") for take in takes]
+    assert summary["train"]["repeated_clips"] == 3
+
+
 def test_a_split_without_any_audio_stops_the_stage_naming_the_root(tmp_path):
     source = dataset(tmp_path, train=[clip("a")], eval=[clip("b", missing=True)])
     with pytest.raises(ValueError, match=f"none of the 1 clips of eval has a file under data.root '{tmp_path}'"):
@@ -159,7 +168,7 @@ def test_esc10_laid_out_as_audioset_runs_unchanged(tmp_path):
         lines = ["# Segments csv laid out as AudioSet's own\n", "# YTID, start_seconds, end_seconds, positive_labels\n"]
         for fold in folds:
             for i in range(80):
-                ytid = f"{fold}-{100000 + i // 2}-{'AB'[i % 2]}"
+                ytid = f"{fold}-{100000 * fold + i // 2}-{'AB'[i % 2]}"
                 lines.append(f'{ytid}, 0.000, 5.000, "{DOG}"\n')
                 path = tmp_path / "audio" / f"{ytid}.ogg"
                 path.parent.mkdir(exist_ok=True)

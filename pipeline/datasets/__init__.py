@@ -30,6 +30,8 @@ from pipeline import ontology
 logger = logging.getLogger(__name__)
 
 CLIP_ID = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+_TAKE = re.compile(r"[1-5]-(\d+)-[A-Z](?:-\d+)?", re.ASCII)
+_SEGMENT = re.compile(r"([A-Za-z0-9_-]{11})_\d+", re.ASCII)
 
 # Containers that soundfile, or torchcodec or ffmpeg where present, can open; of two files of one clip the first
 # in this order is taken.
@@ -55,13 +57,29 @@ class Clip:
     """The excerpt's place in the recording that it was cut from; an infinite end is one that nobody has listed."""
 
     recording: str
-    """That recording. Two clips of one recording must not lie in train and in eval."""
+    """The recording (upload, take) that the clip was cut from; the clip id where the source knows none. Train and eval
+    share no recording, and statistics resample recordings, because clips of one recording are not independent."""
 
     def __post_init__(self) -> None:
         if not CLIP_ID.fullmatch(self.clip_id):
             raise ValueError(f"clip id {self.clip_id!r} holds other than letters, digits, _ and -")
         if not self.labels:
             raise ValueError(f"clip {self.clip_id!r} has no label")
+        if not (self.recording and self.recording.isprintable()):
+            raise ValueError(
+                f"clip {self.clip_id!r} has the recording {self.recording!r}, which is not a printable name"
+            )
+
+
+def recording_of(name: str) -> str:
+    """Recording that the name of a clip or recording states, else the name itself; the same for a recording's own name.
+
+    Two rules of naming state one: ESC-50's <fold>-<upload>-<take>[-<category>], and the audioset reader's
+    <11 characters>_<start in ms>.
+    """
+    if match := _TAKE.fullmatch(name):
+        return match[1]
+    return match[1] if (match := _SEGMENT.fullmatch(name)) else name
 
 
 def load(source: str) -> ModuleType:

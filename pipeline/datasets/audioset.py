@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pipeline.datasets import AUDIO_SUFFIXES, CLIP_ID, Clip, labels_of, root_of, walk
+from pipeline.datasets import AUDIO_SUFFIXES, CLIP_ID, Clip, labels_of, recording_of, root_of, walk
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
     """The clips that `subset`'s list names, sorted by clip_id, each with its file where there is one.
 
     The clip id is the ytid; when the list has several segments of one ytid, `<ytid>_<start in ms>`. Of several files
-    of one clip a wav is taken before a flac before the rest; the others count as `duplicate_files`.
+    of one clip a wav is taken before a flac before the rest; the others count as `duplicate_files`. The recording is
+    the ytid, or the upload that an id of ESC-50's form (1-100032-A) states, in copies of that data in this layout.
     """
     counts = Counter() if counts is None else counts
     segments = read_segments(segments_path(root, subset), counts)
@@ -60,9 +61,8 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
     for segment in segments:
         alone = len(by_ytid[segment.ytid]) == 1
         clip_id = segment.ytid if alone else f"{segment.ytid}_{round(segment.start_seconds * 1000)}"
-        found.append(
-            Clip(clip_id, segment.labels, paths.get(segment), segment.start_seconds, segment.end_seconds, segment.ytid)
-        )
+        place = segment.start_seconds, segment.end_seconds
+        found.append(Clip(clip_id, segment.labels, paths.get(segment), *place, recording_of(segment.ytid)))
     found.sort(key=lambda clip: clip.clip_id)
     for one, other in pairwise(found):
         if one.clip_id == other.clip_id:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.datasets import Clip, labels_of, read_table, root_of, walk
+from pipeline.datasets import Clip, labels_of, read_table, recording_of, root_of, walk
 
 FOLDS = ("1", "2", "3", "4", "5")
 ESC10 = "esc10-"
@@ -102,5 +102,6 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
             raise ValueError(f"{where}: clip {clip_id!r} a second time")
         path = f"audio/{row['filename']}"
         labels = labels_of([MIDS[row["category"]]], where, counts)
-        found[clip_id] = Clip(clip_id, labels, path if path in present else None, 0.0, _SECONDS, row["src_file"])
+        recording = row["src_file"] or recording_of(clip_id)
+        found[clip_id] = Clip(clip_id, labels, path if path in present else None, 0.0, _SECONDS, recording)
     yield from (found[clip_id] for clip_id in sorted(found))

@@ -63,6 +63,8 @@ SCHEMA = pa.schema(
         ("class_index", pa.int64()),
         ("mid", pa.string()),
         ("target_clip", pa.string()),
+        ("target_recording", pa.string()),
+        ("interferer_recording", pa.string()),
         ("interferer_class_index", pa.int64()),
         ("query", pa.string()),
         ("sdr_mixture", pa.float64()),  # all in dB; NaN where undefined
@@ -261,7 +263,7 @@ def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
 
 def _table(pairs: pa.Table, scores: Mapping[str, Float[np.ndarray, "pairs 2"]]) -> pa.Table:
     """Rows sorted by pair and query, pairs being sorted: "average" comes before "oracle"."""
-    keys = ("pair", "class_index", "mid", "target_clip", "interferer_class_index")
+    keys = SCHEMA.names[: SCHEMA.names.index("query")]
     twice = np.repeat(np.arange(len(pairs)), 2)
     columns = {key: pairs[key].take(twice) for key in keys}
     columns["query"] = pa.array(QUERIES * len(pairs))

@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 TOLD = ("architecture", "data", "pretrained", "diversity", "sparsity", "sparsity_form", "sample_rate", "n_sources")
 
+ROLES = ("target", "interferer")  # x1 and x2 of a mixture of mixtures, as far as statistics are concerned
+
 
 class EvaluateMixitParams(Params):
     """`evaluate_mixit:` in params.yaml."""
@@ -130,12 +132,14 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, m
 
 
 def score_moms(separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str) -> pd.DataFrame:
-    """A row per mixture of mixtures: its scores, and where x1 came from."""
+    """A row per mixture of mixtures: its scores, the source of x1, and the recordings of x1 (target) and x2."""
     rows: list[pd.DataFrame] = []
     for batch in batches(test, seconds, mixit.TEST, params.n_moms, params.batch_size, test.mixit.max_stems):
         mixtures = torch.from_numpy(batch.mixtures).to(device)
         found = mom_scores(*separate(separator, mixtures.sum(dim=1)), mixtures)
-        rows.append(pd.DataFrame({"source": [first for first, _ in batch.track_ids], **found}))
+        of = {"source": [first for first, _ in batch.track_ids]}
+        of |= {f"{role}_recording": [pair[i] for pair in batch.recordings] for i, role in enumerate(ROLES)}
+        rows.append(pd.DataFrame(of | found))
     return pd.concat(rows, ignore_index=True).iloc[: params.n_moms]
 
 
@@ -155,11 +159,13 @@ def score_mixtures(
         estimates, _ = separate(separator, stems.sum(dim=1))
         n_stems = batch.n_stems[known, 0]
         found = stem_scores(estimates, stems, n_stems, params.bss_filter_samples if params.bss else None)
-        rows.append(pd.DataFrame({"source": [batch.track_ids[i][0] for i in known], "n_stems": n_stems, **found}))
+        of = {"source": [batch.track_ids[i][0] for i in known]}
+        of |= {"target_recording": [batch.recordings[i][0] for i in known]}
+        rows.append(pd.DataFrame(of | {"n_stems": n_stems} | found))
         for i in range(min(len(known), params.n_examples - len(described))):
             sounds = {"mixture": stems[i].sum(dim=0), **{f"output-{n}": s for n, s in enumerate(estimates[i])}}
             described.append(_write_example(examples, str(len(described)), sounds, separator.sample_rate))
-    columns = ["source", "n_stems", "si_snr", "si_snri", "sdr", "sir", "sar"]
+    columns = ["source", "target_recording", "n_stems", "si_snr", "si_snri", "sdr", "sir", "sar"]
     table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
     return table, described
 
@@ -210,7 +216,7 @@ def score_pairs(rows: tuple[int, int], directory: Path, *, setup: PairsSetup) ->
             setup.normalize,
         )
         estimates, _ = separate(separator, mixture)
-        names = ("pair", "class_index", "mid", "target_clip")
+        names = ("pair", "class_index", "mid", "target_clip", "target_recording", "interferer_recording")
         found.append(pd.DataFrame({name: batch[name] for name in names} | pair_scores(estimates, target, interferer)))
     write_atomic(directory / "pairs.parquet", _parquet(pd.concat(found, ignore_index=True)))
 

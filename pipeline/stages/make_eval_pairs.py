@@ -37,11 +37,13 @@ SCHEMA = pa.schema(
         pa.field("mid", pa.string(), nullable=False),
         pa.field("target", pa.string(), nullable=False),  # an anchor's key
         pa.field("target_clip", pa.string(), nullable=False),
+        pa.field("target_recording", pa.string(), nullable=False),
         pa.field("target_onset_seconds", pa.float64(), nullable=False),
         pa.field("interferer_class_index", pa.int64(), nullable=False),
         pa.field("interferer_mid", pa.string(), nullable=False),
         pa.field("interferer", pa.string(), nullable=False),
         pa.field("interferer_clip", pa.string(), nullable=False),
+        pa.field("interferer_recording", pa.string(), nullable=False),
         pa.field("interferer_onset_seconds", pa.float64(), nullable=False),
         pa.field("gain", pa.float64(), nullable=False),  # of the interferer: mixture = target + gain * interferer
         pa.field("clamped", pa.bool_(), nullable=False),  # the gain is a bound, and the SNR not 0 dB
@@ -93,12 +95,17 @@ def tabulate(
         columns |= {f"{prefix}{name}": index.table[name].take(rows) for name in ("class_index", "mid")}
     for role, rows in (("target", targets), ("interferer", interferers)):
         columns |= {role: index.table["anchor"].take(rows), f"{role}_clip": index.table["clip_id"].take(rows)}
+        columns[f"{role}_recording"] = index.table["recording"].take(rows)
         columns[f"{role}_onset_seconds"] = index.table["onset_seconds"].take(rows)
     return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def content_sha256(manifest: pa.Table) -> str:
-    """Hash of the rows as text, floats in their shortest exact form: independent of Parquet's version and layout."""
+    """Hash of the rows as text, floats in their shortest exact form: independent of Parquet's version and layout.
+
+    The recordings are left out: they say which pairs are independent, and change no mixture.
+    """
+    manifest = manifest.drop_columns(["target_recording", "interferer_recording"])
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(manifest.column_names)

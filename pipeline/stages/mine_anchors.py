@@ -248,6 +248,7 @@ def _sample(anchor: Anchor, query: Float32[np.ndarray, " dim"]) -> tuple[str, di
     wav = shards.encode_wav(anchor.pcm, NETWORK_SAMPLE_RATE)
     described = {
         "clip_id": clip.clip_id,
+        "recording": clip.recording,
         "class_index": of_class.index,
         "mid": anchor.mid,
         "onset_seconds": found.start * panns.FRAME_SAMPLES / NETWORK_SAMPLE_RATE,

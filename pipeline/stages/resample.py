@@ -40,10 +40,10 @@ from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_n
 
 logger = logging.getLogger(__name__)
 
-LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
+LISTED = ("clip_id", "recording", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
 MANIFEST = (
-    "clip_id", "split", "labels", "status", "detail", "duration_seconds", "source_rate", "source_channels", "note",
-    "sha256", "shard", "offset", "size",
+    "clip_id", "recording", "split", "labels", "status", "detail", "duration_seconds", "source_rate",
+    "source_channels", "note", "sha256", "shard", "offset", "size",
 )  # fmt: skip
 QUARANTINE = ("clip_id", "path", "reason", "detail")
 TRANSIENT = ("missing", "unreadable")  # of the machine, not of the file: looked at again by the next run
@@ -86,6 +86,7 @@ def make_clip(row: Row, root: Path, split: str, audio: AudioParams, params: Resa
     duration_seconds = len(pcm) / audio.sample_rate
     described = {
         "clip_id": row["clip_id"],
+        "recording": row["recording"],
         "split": split,
         "labels": row["labels"],
         "status": "ok",
@@ -130,8 +131,8 @@ def resample_part(
                     check_root(root)
                     (directory / "again").touch()
                 described = {
-                    "clip_id": clip_id, "split": split, "labels": row["labels"], "status": bad.reason,
-                    "detail": bad.detail,
+                    "clip_id": clip_id, "recording": row["recording"], "split": split, "labels": row["labels"],
+                    "status": bad.reason, "detail": bad.detail,
                 }  # fmt: skip
                 rows[clip_id] = {"path": row["path"]} | described
                 continue

@@ -25,7 +25,7 @@ from pipeline.runtime import outside, publish, remove, running, write_atomic, wr
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
-COLUMNS = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
+COLUMNS = ("clip_id", "recording", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
 MISSING_COLUMNS = ("split", "clip_id", "subset", "labels", "start_seconds", "end_seconds")
 Listing = list[tuple[str, Clip]]  # (subset, clip)
 
@@ -33,15 +33,16 @@ Listing = list[tuple[str, Clip]]  # (subset, clip)
 def without_repeats(listing: Listing) -> tuple[Listing, int]:
     """The listing with each clip once, where it is listed first, sorted by clip_id; and how many were left out.
 
-    Two subsets may hold the same clip, even under two ids where one of them has more of its recording.
+    Two subsets may hold the same clip, even under two ids where one of them has more of its recording. Within one
+    subset equal places are no repetition: where nobody knows the place in the recording (ESC-50's takes), all begin at
+    0 seconds.
     """
     kept: dict[str, tuple[str, Clip]] = {}
-    seen: set[tuple[str, float, float]] = set()
+    first_subset: dict[tuple[str, float, float], str] = {}
     for subset, clip in listing:
         segment = clip.recording, clip.start_seconds, clip.end_seconds
-        if clip.clip_id not in kept and segment not in seen:
+        if clip.clip_id not in kept and first_subset.setdefault(segment, subset) == subset:
             kept[clip.clip_id] = subset, clip
-        seen.add(segment)
     return [kept[clip_id] for clip_id in sorted(kept)], len(listing) - len(kept)
 
 
@@ -75,12 +76,12 @@ def scan(out: Path, params: DataParams, dataset: ModuleType) -> dict[str, Any]:
     for split, listing in listings.items():
         n_bytes = 0
         for subset, clip in listing:
-            head, times = (clip.clip_id, subset, ";".join(clip.labels)), (clip.start_seconds, clip.end_seconds)
+            head, times = (subset, ";".join(clip.labels)), (clip.start_seconds, clip.end_seconds)
             if clip.path is None:
-                tables["missing"].append((split, *head, *times))
+                tables["missing"].append((split, clip.clip_id, *head, *times))
             else:
                 size = os.lstat(root / clip.path).st_size
-                tables[split].append((*head, clip.path, size, *times))
+                tables[split].append((clip.clip_id, clip.recording, *head, clip.path, size, *times))
                 n_bytes += size
         n_present = len(tables[split])
         if not n_present:
