@@ -104,14 +104,23 @@ class PairStream:
 
     def draw(self, item: int) -> Draw:
         """Item number `item` (>= 0) of the stream."""
+        return next(self.choices(item))
+
+    def choices(self, item: int) -> Iterator[Draw]:
+        """Every pair that could be item number `item` (>= 0): the stream's own first, then the next best ones.
+
+        After the pairs of the item's target come those of the class' further anchors, so that each pair of the class
+        is given exactly once.
+        """
         permutation, slot = divmod(item, len(self.classes))
         order, slots = self._order(permutation)
         at = slots[slot]
-        target = self._walk(order[at], permutation)[permutation % len(self._members[order[at]])]
-        for passed_over, other in enumerate(self._candidates(order, at, permutation)):
-            if self._may_meet(target, order[at], other):
-                return Draw(self._row[target], self._row[other], passed_over)
-        raise AssertionError("a class without interferers was drawn")
+        walk = self._walk(order[at], permutation)
+        first = permutation % len(walk)
+        for target in walk[first:] + walk[:first]:
+            for passed_over, other in enumerate(self._candidates(order, at, permutation)):
+                if self._may_meet(target, order[at], other):
+                    yield Draw(self._row[target], self._row[other], passed_over)
 
     def batch(self, n: int, size: int) -> tuple[Int[np.ndarray, " size"], Int[np.ndarray, " size"]]:
         """Rows of the targets and of the interferers of items n * size to (n + 1) * size."""

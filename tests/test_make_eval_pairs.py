@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ruamel.yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.anchors import AnchorIndex, anchor_key, write_index
 from pipeline.mixing import PairsParams, energy, mix
 from pipeline.ontology import class_of, classes, kin
 from pipeline.stages.make_eval_pairs import (
     SCHEMA,
+    Chosen,
     MakeEvalPairsParams,
     choose,
     content_sha256,
@@ -45,7 +49,7 @@ def rows_of(clips: dict[str, list[str]], seed: int = 0) -> list[dict]:
                     "anchor": anchor_key(clip, k), "clip_id": clip, "recording": clip[:3], "class_index": k,
                     "mid": mid, "labels": ";".join(mids), "onset_seconds": k / 100, "score": 0.5, "purity": 0.5,
                     "energy": level, "peak": 1.0, "shard": "anchors-00000.tar", "wav_offset": 0,
-                    "wav_size": 0, "query_offset": 0, "query_size": 0, "sha256": "",
+                    "wav_size": 0, "query_offset": 0, "query_size": 0, "sha256": anchor_key(clip, k),
                 }
             )  # fmt: skip
     return rows
@@ -174,8 +178,9 @@ def test_the_same_anchors_and_seed_give_the_same_rows_in_any_index_and_for_ever(
     shuffled = AnchorIndex(
         32000, 64000, 4, (), table, table["class_index"].to_numpy(), table["energy"].to_numpy(), *lists.values()
     )
-    targets, interferers, _, _ = choose(shuffled, "ontology", PARAMS)
-    assert content_sha256(tabulate(shuffled, targets, interferers, pairs=PAIRS, seed=1234)) == summary["content_sha256"]
+    chosen = choose(shuffled, "ontology", PARAMS)
+    table = tabulate(shuffled, chosen.targets, chosen.interferers, pairs=PAIRS, seed=1234)
+    assert content_sha256(table) == summary["content_sha256"]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"exclude": "none"}, {"max_gain": 1.0}])
@@ -194,6 +199,86 @@ def test_more_pairs_begin_with_the_fewer(tmp_path):
             for table in (few, many)
         )
         assert theirs[:5] == ours
+
+
+def sound_pairs(index: AnchorIndex, chosen: Chosen) -> dict[int, list[tuple[str, str]]]:
+    """The hashes of the two sounds of each pair, by class, in the stream's order."""
+    sounds = index.table["sha256"].to_pylist()
+    pairs: dict[int, list[tuple[str, str]]] = {}
+    for t, i in zip(chosen.targets.tolist(), chosen.interferers.tolist(), strict=True):
+        pairs.setdefault(int(index.class_index[t]), []).append((sounds[t], sounds[i]))
+    return pairs
+
+
+def index_with_copies(directory: Path, seed: int, n_clips: int, n_sounds: int) -> AnchorIndex:
+    """An index in which several anchors are the same sound, as those of one clip's labels may be."""
+    rng = np.random.default_rng(seed)
+    mids = [SIREN, DOG, SPEECH, HUM]
+    clips = {
+        f"c{n:02d}": [mids[j] for j in sorted(rng.choice(4, rng.integers(1, 3), replace=False))] for n in range(n_clips)
+    }
+    write(directory, [row | {"sha256": f"sound{rng.integers(n_sounds)}"} for row in rows_of(clips)])
+    return AnchorIndex.load(directory)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.integers(4, 9), st.integers(2, 20), st.integers(1, 40))
+def test_a_pair_of_sounds_comes_again_only_after_all_others_of_its_class(seed, n_clips, n_sounds, pairs_per_class):
+    with tempfile.TemporaryDirectory() as directory:
+        index = index_with_copies(Path(directory), seed, n_clips, n_sounds)
+    params = MakeEvalPairsParams(seed=seed, pairs_per_class=pairs_per_class)
+    try:
+        chosen = choose(index, "ontology", params)
+    except ValueError:
+        return  # nothing in this corpus may meet
+    pairs = sound_pairs(index, chosen)
+    sounds = index.table["sha256"].to_pylist()
+    assert sorted(pairs) == chosen.stream.classes
+    for item in range(len(pairs)):  # of every class
+        possible = {(sounds[draw.target], sounds[draw.interferer]) for draw in chosen.stream.choices(item)}
+        own = pairs[int(index.class_index[chosen.stream.draw(item).target])]
+        assert len(own) == pairs_per_class
+        for start in range(0, pairs_per_class, len(possible)):
+            one_round = own[start : start + len(possible)]
+            assert len(set(one_round)) == len(one_round)
+            assert set(one_round) <= possible
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.integers(4, 9), st.integers(1, 12), st.integers(1, 12))
+def test_a_pair_is_a_function_of_the_seed_the_class_and_its_number(seed, n_clips, few, more):
+    with tempfile.TemporaryDirectory() as directory:
+        index = index_with_copies(Path(directory), seed, n_clips, 6)
+
+    def pairs_of(n: int) -> dict[int, list[tuple[str, str]]]:
+        return sound_pairs(index, choose(index, "label", MakeEvalPairsParams(seed=seed, pairs_per_class=n)))
+
+    try:
+        first, second, longer = pairs_of(few), pairs_of(few), pairs_of(few + more)
+    except ValueError:
+        return  # nothing in this corpus may meet
+    assert first == second == {k: pairs[:few] for k, pairs in longer.items()}
+
+
+def test_repeats_are_avoided_and_those_that_cannot_be_are_counted(tmp_path):
+    clips = {"a": [SIREN], "b": [SIREN], "c": [SIREN], "d": [HUM], "e": [HUM], "f": [HUM], "g": [HUM]}
+    _, summary = run(tmp_path, rows_of(clips), pairs_per_class=12)  # all there are: 3 x 4 of either class
+    assert (summary["repeats"], summary["repeats_by_class"]) == (0, {})
+    assert summary["repeats_avoided"] > 0
+    manifest, summary = run(tmp_path, rows_of(clips), pairs_per_class=14)
+    assert (summary["repeats"], summary["repeats_by_class"]) == (4, {"Hum": 2, "Siren": 2})
+    assert manifest.num_rows == 28
+    mixtures = [(row["target"], row["interferer"], row["gain"]) for row in manifest.to_pylist()]
+    assert len(mixtures) - len(set(mixtures)) == 4
+
+
+def test_one_sound_under_two_names_is_one_sound(tmp_path):
+    rows = rows_of({"a": [SIREN], "b": [SIREN], "c": [HUM], "d": [HUM]})
+    assert run(tmp_path, rows, pairs_per_class=4)[1]["repeats"] == 0
+    for row in rows:
+        if row["mid"] == HUM:
+            row["sha256"] = "the same"
+    assert run(tmp_path, rows, pairs_per_class=4)[1]["repeats_by_class"] == {"Siren": 2, "Hum": 2}
 
 
 def test_a_small_class_repeats_its_targets_and_it_is_said(tmp_path):

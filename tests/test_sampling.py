@@ -78,6 +78,33 @@ def test_an_anchor_is_passed_over_only_if_it_may_not_meet_the_target(exclude):
                 assert draw.interferer == allowed[0]
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(4, 14), st.sampled_from(["none", "label", "ontology"]))
+def test_the_choices_of_an_item_are_all_the_pairs_of_its_class_once(seed, n_clips, exclude):
+    index = corpus(seed, n_clips)
+    try:
+        pairs = stream(index, seed=seed, exclude=exclude)
+    except ValueError:
+        return  # nothing in this corpus may meet
+    rows = range(len(index["mids"]))
+    for item in range(2 * len(pairs.classes)):
+        own = pairs.draw(item)
+        mid = index["mids"][own.target]
+        forbidden = {"none": set(), "label": {mid}, "ontology": {mid} | kin(mid)}[exclude]
+        legal = {
+            (t, i)
+            for t in rows
+            for i in rows
+            if index["mids"][t] == mid != index["mids"][i]
+            and index["clip_ids"][t] != index["clip_ids"][i]
+            and not forbidden & set(index["labels"][i].split(";"))
+        }
+        given_pairs = [(draw.target, draw.interferer) for draw in pairs.choices(item)]
+        assert given_pairs[0] == (own.target, own.interferer)
+        assert len(given_pairs) == len(legal)
+        assert set(given_pairs) == legal
+
+
 def test_every_class_is_the_target_equally_often():
     index = columns({f"c{n}": "siren" for n in range(50)} | {"rare": "hum", "x": "cat", "y": "cat"})
     pairs = stream(index)

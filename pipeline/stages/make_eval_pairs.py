@@ -10,7 +10,9 @@ import csv
 import io
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from pipeline.config import Params, load_params
 from pipeline.mixing import SILENT_ENERGY, PairsParams, energy_gain, level_ratio
 from pipeline.ontology import class_of, classes, kin
 from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
-from pipeline.sampling import Exclude, PairStream
+from pipeline.sampling import Draw, Exclude, PairStream
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +61,44 @@ class MakeEvalPairsParams(Params):
     pairs_per_class: int = Field(gt=0)
 
 
-def choose(
-    index: AnchorIndex, exclude: Exclude, params: MakeEvalPairsParams
-) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], PairStream, int]:
-    """Rows of targets and interferers, by class and then in the stream's order; the stream; pairs that passed one over.
+@dataclass(frozen=True)
+class Chosen:
+    """The pairs of an evaluation set, sorted by class and then as they come in the stream."""
 
-    A permutation of the classes after the other, so that class k's p-th pair is among the first p permutations.
+    targets: Int[np.ndarray, " pairs"]  # rows of the index
+    interferers: Int[np.ndarray, " pairs"]
+    stream: PairStream
+    passed_over: int  # pairs whose interferer is not the first anchor after the target
+    repeats_avoided: int  # pairs taken in place of the stream's own, which the class already had
+
+
+def choose(index: AnchorIndex, exclude: Exclude, params: MakeEvalPairsParams) -> Chosen:
+    """Choose pairs_per_class pairs for every class; no pair of sounds comes again while its class has another one left.
+
+    The stream gives one permutation of the classes after the other, so class k's p-th pair is among the first p
+    permutations; which one it is depends on the seed, the anchors and the class' earlier pairs alone. Two sounds are
+    the same if their samples are, whatever the clips and labels that they were cut for.
     """
     stream = PairStream(**index.pair_columns(), seed=params.seed, exclude=exclude, kin=kin)
-    draws = [stream.draw(item) for item in range(len(stream.classes) * params.pairs_per_class)]
-    targets = np.array([draw.target for draw in draws])
+    sounds = index.table["sha256"].to_pylist()
+    taken: dict[int, set[tuple[str, str]]] = {k: set() for k in stream.classes}  # in the class' present round
+    draws, repeats_avoided = list[Draw](), 0
+    for item in range(len(stream.classes) * params.pairs_per_class):
+        own = stream.draw(item)
+        pairs = taken[int(index.class_index[own.target])]
+        for draw in stream.choices(item):
+            if (sounds[draw.target], sounds[draw.interferer]) not in pairs:
+                break
+        else:  # the class has had all its pairs: a new round
+            pairs.clear()
+            draw = own
+        pairs.add((sounds[draw.target], sounds[draw.interferer]))
+        repeats_avoided += draw != own
+        draws.append(draw)
+    targets, interferers = (np.array(rows) for rows in zip(*((d.target, d.interferer) for d in draws), strict=True))
     order = np.argsort(index.class_index[targets], kind="stable")
-    interferers = np.array([draw.interferer for draw in draws])
-    return targets[order], interferers[order], stream, sum(draw.passed_over > 0 for draw in draws)
+    passed_over = sum(draw.passed_over > 0 for draw in draws)
+    return Chosen(targets[order], interferers[order], stream, passed_over, repeats_avoided)
 
 
 def tabulate(
@@ -137,9 +164,11 @@ def make_eval_pairs(anchors: Path, out: Path, *, pairs: PairsParams, params: Mak
     remove(finished)
     finished.mkdir()
 
-    targets, interferers, stream, n_passed_over = choose(index, pairs.exclude, params)
+    chosen = choose(index, pairs.exclude, params)
+    targets, interferers, stream = chosen.targets, chosen.interferers, chosen.stream
     manifest = tabulate(index, targets, interferers, pairs=pairs, seed=params.seed)
-    free = (targets, interferers) if pairs.exclude == "none" else choose(index, "none", params)[:2]
+    free = chosen if pairs.exclude == "none" else choose(index, "none", params)
+    repeats = _repeats(index, targets, interferers)
     summary = {
         "content_sha256": content_sha256(manifest),
         "pairs": len(manifest),
@@ -151,9 +180,12 @@ def make_eval_pairs(anchors: Path, out: Path, *, pairs: PairsParams, params: Mak
         "classes_without_interferer": [classes()[k].name for k in stream.without_interferer],
         "distinct_targets_per_class": _distinct_targets(manifest),
         **_gain_counts(manifest, index.energy[targets], index.energy[interferers], pairs),
-        "interferer_not_the_next": n_passed_over,
+        "interferer_not_the_next": chosen.passed_over,
+        "repeats_avoided": chosen.repeats_avoided,
+        "repeats": sum(repeats.values()),
+        "repeats_by_class": repeats,
         "overlap": overlaps(index, targets, interferers),
-        "overlap_without_exclusion": overlaps(index, *free),
+        "overlap_without_exclusion": overlaps(index, free.targets, free.interferers),
     }
     buffer = pa.BufferOutputStream()
     pq.write_table(manifest, buffer, compression="zstd")
@@ -171,6 +203,22 @@ def _distinct_targets(manifest: pa.Table) -> dict[str, int | float]:
         distinct.setdefault(class_index, set()).add(target)
     counts = [len(targets) for targets in distinct.values()]
     return {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)}
+
+
+def _repeats(
+    index: AnchorIndex, targets: Int[np.ndarray, " pairs"], interferers: Int[np.ndarray, " pairs"]
+) -> dict[str, int]:
+    """Pairs of the same two sounds as an earlier pair of their class, by class name; classes without any are left out.
+
+    The gain follows from the two sounds, so that such a pair is the same mixture again.
+    """
+    sounds = index.table["sha256"].to_pylist()
+    rows = zip(index.class_index[targets].tolist(), targets.tolist(), interferers.tolist(), strict=True)
+    counts = Counter((k, sounds[t], sounds[i]) for k, t, i in rows)
+    repeats = Counter[int]()
+    for (k, _, _), count in counts.items():
+        repeats[k] += count - 1
+    return {classes()[k].name: n for k, n in sorted(repeats.items()) if n}
 
 
 def _gain_counts(
@@ -203,6 +251,8 @@ def main() -> None:
         for what in ("classes_without_anchors", "classes_without_interferer"):
             if summary[what]:
                 log.warning("%s: %s", what.replace("_", " "), ", ".join(summary[what]))
+        if summary["repeats"]:
+            log.warning("%d pairs are repeats: %s", summary["repeats"], summary["repeats_by_class"])
 
 
 if __name__ == "__main__":
