@@ -27,14 +27,14 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from pipeline import shards
+from pipeline import separators, shards
 from pipeline.anchors import AnchorIndex, AnchorReader, anchor_key, write_index
 from pipeline.metrics import sdr, si_sdr
 from pipeline.mixing import mix
 from pipeline.ontology import classes
 from pipeline.runtime import cpu_count, write_json
 from pipeline.separators import build
-from pipeline.stages.evaluate import EvaluateParams, Setup, load, load_separator, score_part
+from pipeline.stages.evaluate import EvaluateParams, Setup, load, score_part
 
 SAMPLE_RATE, SEGMENT_SAMPLES, QUERY_DIM = 32000, 64000, 128
 CLASSES, ANCHORS_PER_CLASS = 8, 8
@@ -141,7 +141,7 @@ def compare(root, pairs, reader, average, *, bss, chunk):
         run=f"bss={bss}", separator=root / "separator", pairs=root / "pairs.parquet", anchors=root / "anchors",
         queries=root / "queries.npz", examples=(), normalize="joint", params=params, device="cpu",
     )  # fmt: skip
-    separator = load_separator(root / "separator")
+    separator = separators.load(root / "separator")
     n_workers = cpu_count()
     seconds = {"stage": 0.0, "one at a time": 0.0}
     difference = 0.0

@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks.mae import in_turn, torchs_linear
 from pipeline.config import load_params
 from pipeline.linear import linear, mkl_is_slower
-from pipeline.mixit import MixitParams, build_optimizer, read_entry, training_loss
+from pipeline.mixit import MixitParams, build_optimizer, read_entry, training_losses
 from pipeline.runtime import keep_freed_memory
-from pipeline.separators import build
+from pipeline.separators import build_blind
 
 PRODUCTS = {
     "ViT-B, 8 x 513 tokens, feed-forward in": (8 * 513, 768, 3072),
@@ -85,12 +85,12 @@ def step(repeats: int) -> None:
     entry, params = read_entry("performer", "music"), load_params("mixit", MixitParams)
     torch.manual_seed(0)
     mixtures = 0.1 * torch.randn(params.batch_size, 2, SECONDS * SAMPLE_RATE)
-    networks = [build("performer", sample_rate=SAMPLE_RATE, **entry.model).eval()]  # no dropout, which is random
+    networks = [build_blind("performer", sample_rate=SAMPLE_RATE, **entry.model).eval()]  # no dropout, which is random
     networks.append(copy.deepcopy(networks[0]))
     optimizers = [build_optimizer(network, params.learning_rate, params.weight_decay) for network in networks]
 
     def take(i: int) -> Tensor:
-        loss = training_loss(networks[i], mixtures, entry.params, params, CPU)
+        loss = training_losses(networks[i], mixtures, entry.params, params, CPU)["mixit"]
         optimizers[i].zero_grad(set_to_none=True)
         loss.backward()
         optimizers[i].step()

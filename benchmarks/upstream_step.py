@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -37,12 +37,11 @@ from torch import Tensor, nn
 from benchmarks.mae import now
 from pipeline.config import AudioParams, load_params
 from pipeline.cost import cost
-from pipeline.losses import l1_loss
 from pipeline.pretraining import PretrainParams
 from pipeline.runtime import keep_freed_memory
-from pipeline.separators import build, model_params, separate_part, separate_part_and_tell
+from pipeline.separators import Batch, QuerySeparator, build, mae_resunet, model_params
 from pipeline.stages.sed import SedParams
-from pipeline.stages.train_separator import INTERFERER_WEIGHT, MaeSeparatorParams, SeparatorParams, TrainParams
+from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
 from pipeline.training import build_optimizer
 from pipeline.upstreams.mae import encoder_sizes
 
@@ -61,7 +60,7 @@ class UpstreamOnly(nn.Module):
         self.separator = separator
 
     def forward(self, mixture: Tensor, query: Tensor) -> Tensor:
-        return self.separator.steps(mixture)
+        return self.separator.features(mixture)
 
 
 def query_dim(path: Path) -> int:
@@ -69,7 +68,7 @@ def query_dim(path: Path) -> int:
     return sed.embedding_dim if sed.query_weights is None else PANNS_QUERY_DIM
 
 
-def new(name: str, path: Path) -> nn.Module:
+def new(name: str, path: Path) -> QuerySeparator:
     """The network of that name, with random weights."""
     torch.manual_seed(0)
     if name == BASELINE:
@@ -85,17 +84,19 @@ def new(name: str, path: Path) -> nn.Module:
     return build(mae.architecture, query_dim=query_dim(path), upstream_config=config, **unet, **settings)
 
 
+def takes_features(network: nn.Module) -> TypeGuard[mae_resunet.Separator]:
+    return isinstance(network, mae_resunet.Separator) and network.upstream is not None
+
+
 class Step:
     """Training steps of one network; `upstream` has the seconds of each step's features."""
 
-    def __init__(self, network: nn.Module, learning_rate: float, device: torch.device) -> None:
+    def __init__(self, network: QuerySeparator, learning_rate: float, device: torch.device) -> None:
         self.network, self.device = network.to(device).train(), device
-        groups = getattr(network, "parameter_groups", None)
-        parameters = list(network.parameters()) if groups is None else groups(learning_rate)
-        self.optimizer = build_optimizer("adam", parameters, learning_rate)
+        self.optimizer = build_optimizer("adam", network.parameter_groups(learning_rate), learning_rate)
         self.upstream: list[float] = []
-        if hasattr(network, "steps"):
-            features = network.steps
+        if takes_features(network):
+            features = network.features
 
             def timed(mixture: Tensor) -> Tensor:
                 start = now(device)
@@ -103,17 +104,14 @@ class Step:
                 self.upstream.append(now(device) - start)
                 return found
 
-            network.steps = timed
+            network.features = timed
 
     def __call__(self, mixture: Tensor, target: Tensor, query: Tensor) -> float:
         """Seconds of one step, as stage train_separator takes it: of the part of the mixture that has a target."""
         start = now(self.device)
         part = slice(0, target.shape[1])
-        if getattr(self.network, "learns_interferer", False):
-            estimate, told = separate_part_and_tell(self.network, mixture, query, query.flip(0), part)
-            loss = l1_loss(estimate.float(), target).mean() + INTERFERER_WEIGHT * told
-        else:
-            loss = l1_loss(separate_part(self.network, mixture, query, part).float(), target).mean()
+        terms = self.network.losses(Batch(mixture, part, target, query, query.flip(0)), ["l1"])
+        loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -128,12 +126,12 @@ def data(path: Path, batch: int, samples: int, part: int, device: torch.device) 
     return (target + interferer).to(device), target[:, :part].to(device), query.to(device)
 
 
-def multiply_adds(network: nn.Module, path: Path, samples: int, part: int) -> dict[str, int]:
+def multiply_adds(network: QuerySeparator, path: Path, samples: int, part: int) -> dict[str, int]:
     """Of one mixture, of which a part is separated: forward, the upstream's share of it, and a step."""
-    dim, heard = query_dim(path), samples if getattr(network, "hears_whole", False) else part
+    dim, heard = query_dim(path), samples if takes_features(network) and network.settings.context == "anchor" else part
     forward = cost(network, query_dim=dim, samples=part).macs
     upstream = 0
-    if hasattr(network, "steps"):
+    if takes_features(network):
         only = UpstreamOnly(network)
         upstream = cost(only, query_dim=dim, samples=heard).macs
         forward += upstream - cost(only, query_dim=dim, samples=part).macs

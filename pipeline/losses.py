@@ -17,6 +17,7 @@ assignment it finds is then evaluated directly, and only that is differentiated:
 cancel. Value and gradient are those of the brute force.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,6 +54,19 @@ def l1_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch 
     In the unit of the waveforms. Call it outside autocast: bfloat16 rounds a waveform to 8 bits.
     """
     return (estimate - target).abs().mean(dim=-1)
+
+
+def separation_loss(
+    name: str, estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]
+) -> Float[Tensor, " batch"]:
+    """Compute the objective of that name, one value per item; ValueError for a name that is not in `SEPARATION`."""
+    if name not in SEPARATION:
+        raise ValueError(f"there is no objective {name!r}; there are {', '.join(SEPARATION)}")
+    return SEPARATION[name](estimate, target)
+
+
+SEPARATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1_loss}
+"""Objectives that compare an estimate (batch, time) with its target, by their names in `train.loss_weights`."""
 
 
 def mixit_loss(

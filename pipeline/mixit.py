@@ -23,7 +23,7 @@ from pipeline.losses import Objective, Search, diversity_loss, mixit_loss, spars
 from pipeline.moms import AnchorMoms, Moms
 from pipeline.music import MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
 from pipeline.runtime import outside, read_json
-from pipeline.separators import model_params, takes_query
+from pipeline.separators import BlindSeparator, model_params, takes_query
 
 # First words after the seed of the streams: they share no draws.
 TRAIN, VALIDATION, TEST, SINGLE, BUCKET = range(5)
@@ -114,7 +114,7 @@ def read_entry(name: str, data: Source, path: Path = Path("params.yaml")) -> Ent
     """An entry of `mixit_<data>:`; ValueError names what does not fit."""
     params = load_params(f"mixit_{data}.{name}", EntryParams, path)
     if takes_query(params.architecture):
-        raise ValueError(f"mixit_{data}.{name}.architecture: {params.architecture!r} waits for queries")
+        raise ValueError(f"mixit_{data}.{name}.architecture: {params.architecture!r} needs a query")
     if params.pretrained and data == "anchors":
         raise ValueError(f"mixit_{data}.{name}.pretrained: the pretraining hears music; false is for anchors")
     model = load_params(params.model, model_params(params.architecture), path).model_dump()
@@ -235,26 +235,30 @@ def seed_of(seed: int, purpose: int) -> int:
     return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def training_loss(
-    model: nn.Module, mixtures: Tensor, entry: EntryParams, params: MixitParams, device: torch.device
-) -> Tensor:
-    """Loss of a batch of mixtures (batch, 2, time): MixIT's, and the entry's diversity and sparsity times their weights
-    (eq. 10 of the report).
+def training_losses(
+    separator: BlindSeparator, mixtures: Tensor, entry: EntryParams, params: MixitParams, device: torch.device
+) -> dict[str, Tensor]:
+    """Compute the terms of the loss of a batch of mixtures (batch, 2, time) by name (eq. 10 of the report).
+
+    They are MixIT's, and the entry's diversity and sparsity where these have a weight.
     """
     mixtures = mixtures.to(device, non_blocking=True)
     mixture = mixtures.sum(dim=1)
-    separator: Any = model
     with autocast(device, params.precision):
         estimates, masks = separator.separate(mixture)
     estimates = estimates.float()
-    value = mixit_loss(
-        estimates, mixtures, objective=params.loss, max_snr_db=params.max_snr_db, search=params.search
-    ).loss
+    found = mixit_loss(estimates, mixtures, objective=params.loss, max_snr_db=params.max_snr_db, search=params.search)
+    terms = {"mixit": found.loss.mean()}
     if entry.diversity:
-        value = value + entry.diversity * diversity_loss(masks)
+        terms["diversity"] = diversity_loss(masks).mean()
     if entry.sparsity:
-        value = value + entry.sparsity * sparsity_loss(estimates, mixture, entry.sparsity_form)
-    return value.mean()
+        terms["sparsity"] = sparsity_loss(estimates, mixture, entry.sparsity_form).mean()
+    return terms
+
+
+def loss_weights(entry: EntryParams) -> dict[str, float]:
+    """Weights of the terms of `training_losses`."""
+    return {"mixit": 1.0, "diversity": entry.diversity, "sparsity": entry.sparsity}
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

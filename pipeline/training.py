@@ -123,8 +123,9 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     load: Callable[[int], T],
-    loss: Callable[[T], Tensor],
+    loss: Callable[[T], Tensor | Mapping[str, Tensor]],
     *,
+    loss_weights: Mapping[str, float] | None = None,
     steps: int,
     learning_rate: Callable[[int], float],
     gradient_clip: float,
@@ -139,8 +140,9 @@ def fit(
 ) -> Fitted:
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
-    `load(n)` makes batch n (in a thread, ahead of time), `loss(batch)` is a scalar. `learning_rate(n)` is the multiple
-    of each parameter group's own rate; a group with `start_step`, of parameters that all learn, has no gradient before
+    `load(n)` makes batch n (in a thread, ahead of time). `loss(batch)` is a scalar, or scalars by name: then each is a
+    column of the curve, and their sum weighted by `loss_weights` is minimised. `learning_rate(n)` is the multiple of
+    each parameter group's own rate; a group with `start_step`, of parameters that all learn, has no gradient before
     that step. `before_step(n)` may change the model as a function of n, at every step. With `validation` the curve has
     one more column, and the model ends with its best weights. FloatingPointError when loss or gradient is not finite,
     naming the step and `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its
@@ -152,7 +154,7 @@ def fit(
         group.setdefault("initial_lr", group["lr"])
     step, rows = 0, list[dict[str, float]]()
     best: dict[str, Any] = {"step": 0, "loss": None, "model": None, "worse": 0}
-    window: list[tuple[float, float]] = []  # (loss, gradient norm) of the steps since the last row
+    window: list[dict[str, float]] = []  # loss, its terms and the gradient's norm, of the steps since the last row
     spent = 0.0  # seconds, on validation
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
@@ -200,12 +202,15 @@ def fit(
                 group["lr"] = group["initial_lr"] * factor
             _let_learn(optimizer, n)
             optimizer.zero_grad(set_to_none=True)
-            value = loss(batch)
+            terms = loss(batch)
+            value, terms = (terms, {}) if isinstance(terms, Tensor) else (weigh(terms, loss_weights or {}), terms)
             value.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            # Both looked at together: each look waits until a GPU has caught up.
-            window.append(tuple(torch.stack([value.detach().double(), norm.double()]).tolist()))
-            for name, number in zip(("loss", "gradient"), window[-1], strict=True):
+            # All looked at together: each look waits until a GPU has caught up.
+            scalars = {"loss": value, "gradient_norm": norm, **terms}
+            numbers = torch.stack([scalar.detach().double() for scalar in scalars.values()]).tolist()
+            window.append(dict(zip(scalars, numbers, strict=True)))
+            for name, number in window[-1].items():
                 if not math.isfinite(number):
                     raise FloatingPointError(f"the {name} is {number} at step {n}, batch: {describe(n)}")
             if gradient_clip > 0:
@@ -214,13 +219,8 @@ def fit(
             bar.update()
             validated = validate(n + 1) if validation and _due(n + 1, validation.every_steps, steps) else None
             if validated is not None or _due(n + 1, log_every_steps, steps):
-                loss_mean, norm_mean = (sum(column) / len(window) for column in zip(*window, strict=True))
-                row = {
-                    "step": n + 1,
-                    "loss": loss_mean,
-                    "gradient_norm": norm_mean,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                }
+                means = {name: sum(numbers[name] for numbers in window) / len(window) for name in window[0]}
+                row = {"step": n + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"]}
                 if validated is not None:
                     row["validation"] = validated
                 rows.append(row)
@@ -250,9 +250,18 @@ def fit(
     )
 
 
+def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum the terms of a loss times their weights; ValueError for a term without one."""
+    if missing := sorted(terms.keys() - weights.keys()):
+        raise ValueError(f"loss_weights has no weight for {', '.join(missing)}; it has {', '.join(weights)}")
+    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+
 def write_curve(path: Path, rows: Sequence[Mapping[str, int | float]], *, validation: bool = False) -> None:
     """The curve of a training as CSV; of one that took no step, `rows` is empty and the header is all there is."""
-    columns = ["step", "loss", "gradient_norm", "learning_rate", *(["validation"] if validation else [])]
+    fixed = ["step", "loss", "gradient_norm", "learning_rate"]
+    terms = [name for name in (rows[0] if rows else ()) if name not in (*fixed, "validation")]
+    columns = [*fixed, *(["validation"] if validation else []), *terms]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()

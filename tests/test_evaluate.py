@@ -15,14 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
-from torch import nn
 
 from pipeline import runtime, shards
 from pipeline.anchors import AnchorIndex, AnchorReader, write_index
 from pipeline.metrics import bss_eval, sdr, si_sdr
 from pipeline.mixing import mix
 from pipeline.ontology import classes
-from pipeline.separators import build
+from pipeline.separators import QuerySeparator, build
 from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluate import EvaluateParams, average_queries, choose_examples, evaluate, separate
 
@@ -317,7 +316,7 @@ def test_a_non_finite_estimate_stops_the_stage_naming_the_pairs(world, tmp_path)
 
 
 def test_only_the_pairs_at_fault_are_named():
-    class Spiteful(nn.Module):
+    class Spiteful(QuerySeparator):
         def forward(self, mixture, query):
             return mixture / query[:, :1]
 

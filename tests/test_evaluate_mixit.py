@@ -16,7 +16,7 @@ from pipeline.mask_metrics import mask_overlap
 from pipeline.metrics import sdr, si_sdr
 from pipeline.mixing import mix
 from pipeline.mixit import anchor_streams, music_streams, seed_of
-from pipeline.separators import build
+from pipeline.separators import build_blind, load_blind
 from pipeline.stages import evaluate_mixit as stage
 from pipeline.stages.evaluate_mixit import EvaluateMixitParams, batches, evaluate_mixit
 from tests.corpora import write_sounds
@@ -41,7 +41,7 @@ def write_separator(directory, architecture, data, **changes):
     """A trained entry, but for the training."""
     directory.mkdir(parents=True)
     torch.manual_seed(0)
-    separator = build(architecture, sample_rate=RATE, **MODELS[architecture])
+    separator = build_blind(architecture, sample_rate=RATE, **MODELS[architecture])
     # Masks that differ: those of a new network are all alike.
     for parameter in separator.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -120,7 +120,7 @@ def content(directory):
 
 def opened(world, data):
     """The test data as streams, and the separator, by other code than the stage's."""
-    test, separator = world[0][data], stage.load_separator(world[1][data], "cpu")
+    test, separator = world[0][data], load_blind(world[1][data])
 
     def streams(purpose, random_subsets=True):
         shared = {"seconds": [0.25], "seed": seed_of(MIXIT.seed, purpose), "batch_size": 1}
@@ -369,7 +369,7 @@ def test_other_errors_stop_the_stage(world, tmp_path, monkeypatch):
 
 
 def test_estimates_come_from_cudnn_without_tf32(world):
-    separator, cudnn, met = stage.load_separator(world[1]["music"], "cpu"), torch.backends.cudnn, []
+    separator, cudnn, met = load_blind(world[1]["music"]), torch.backends.cudnn, []
     plain = separator.separate
     separator.separate = lambda mixture: met.append((cudnn.enabled, cudnn.allow_tf32)) or plain(mixture)
     before = cudnn.enabled, cudnn.allow_tf32
@@ -398,7 +398,7 @@ def test_weights_of_another_size_and_estimates_that_are_not_finite_stop_the_stag
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(world, "music", tmp_path / "scores", separator=other)
     broken = write_separator(tmp_path / "broken", "conv_tasnet", "music")
-    weights = build("conv_tasnet", sample_rate=RATE, **MODELS["conv_tasnet"]).state_dict()
+    weights = build_blind("conv_tasnet", sample_rate=RATE, **MODELS["conv_tasnet"]).state_dict()
     weights["network.decoder.weight"].fill_(torch.nan)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, broken / "weights.safetensors")
     with pytest.raises(ValueError, match="NaN or infinity in the estimates"):

@@ -1,5 +1,6 @@
 """MAE-ResUNet: every fusion begins from the baseline, frozen encoders stay frozen, and training resumes to the bit."""
 
+import csv
 import itertools
 import json
 import math
@@ -11,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from pipeline import separators, upstreams
 from pipeline.cost import cost
 from pipeline.mixing import PairsParams
-from pipeline.separators.mae_resunet import Settings, TellInterferer, _time
+from pipeline.separators import Batch, fusions
+from pipeline.separators.fusions.attention import time_code
+from pipeline.separators.fusions.interferer import InterfererHead
+from pipeline.separators.mae_resunet import Settings
 from pipeline.stages.train_separator import Batches, Plan, TrainParams, train_separator
 from pipeline.training import build_optimizer
 from pipeline.upstreams.mae import MaskedAutoencoder
@@ -25,6 +29,7 @@ SETTINGS = {
     "layers": "auto",
     "repeat": "interleave",
     "fusion": "freq",
+    "fusion_options": {},
     "lora_rank": 0,
     "encoder_learning_rate": 1e-3,
     "encoder_weight_decay": 5e-4,
@@ -35,7 +40,7 @@ SETTINGS = {
     "context": "anchor",
 }
 SIZES = {"dim": 64, "depth": 2, "heads": 2}
-FUSIONS = ["freq", "channel", "deep", "film", "attention", "interferer", "none"]
+FUSIONS = [*(name for name in fusions.names() if name != "none"), "none"]
 
 
 def build(seed=0, **changes):
@@ -56,6 +61,13 @@ def batch(samples=16000, seed=1):
     return torch.randn(2, samples, generator=generator), torch.randn(2, 8, generator=generator)
 
 
+def example(samples=16000, seed=1):
+    """A training batch that separates a part of each mixture."""
+    mixture, query = batch(samples, seed)
+    other, part = batch(samples, seed + 1)[1], slice(3200, 3200 + 9920)
+    return Batch(mixture, part, 0.5 * mixture[:, part], query, other)
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_unet_begins_with_the_weights_of_the_baseline(fusion):
     ours, theirs = build(fusion=fusion).state_dict(), baseline().state_dict()
@@ -68,11 +80,11 @@ def test_the_unet_begins_with_the_weights_of_the_baseline(fusion):
 def test_these_fusions_begin_as_the_baseline_and_then_listen(fusion):
     model, mixture_query = build(fusion=fusion).eval(), batch()
     if fusion == "interferer":
-        model.tell.spread.fill_(1.0)
+        model.fusion.head.spread.fill_(1.0)
     assert torch.equal(model(*mixture_query), baseline().eval()(*mixture_query))
     if fusion == "none":
         return
-    silent = model.look_up.attention.out_proj if fusion == "attention" else model.project
+    silent = model.fusion.cross.attention.out_proj if fusion == "attention" else model.fusion.project
     torch.nn.init.normal_(silent.weight)
     before = model(*mixture_query)
     for parameter in model.upstream.parameters():
@@ -87,7 +99,7 @@ def test_the_features_reach_the_estimate(fusion):
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.2)
     if fusion == "interferer":
-        model.tell.spread.fill_(1.0)
+        model.fusion.head.spread.fill_(1.0)
     mixture, query = batch()
     with_features = model.eval()(mixture, query)
     model.upstream.hidden = lambda waveform: [torch.randn(2, 32, 64)] * 2
@@ -101,7 +113,8 @@ def test_the_published_fusion_has_its_columns_and_masks_nyquist():
     model.unet.enter.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
     mixture, query = batch(64000)
     spectrum = torch.randn(2, 201, 513, dtype=torch.complex64)
-    logits = model.logits(spectrum, model.steps(mixture), query, 0, 201)
+    features = model.locate(model.features(mixture), mixture, slice(None))
+    logits = model.logits(spectrum, query, features)
     assert widths == [(2, 1, 224, 576)]
     assert logits.shape == (2, 3, 224, 513)
 
@@ -116,10 +129,12 @@ def test_an_estimate_is_as_long_as_its_mixture(fusion, samples):
 def test_features_stand_at_the_frames_they_belong_to():
     model = build(fusion="channel").eval()
     steps = torch.arange(14.0)[None, :, None].expand(1, -1, 64)
-    assert model.frames(steps, 224)[0, :, 0].tolist() == [j // 16 for j in range(224)]
-    assert model.frames(steps, 14, stride=16)[0, :, 0].tolist() == list(range(14))
+    mixture = torch.zeros(1, 64000)
+    features = model.locate(steps, mixture, slice(None))
+    assert features.rows(224)[0, :, 0].tolist() == [j // 16 for j in range(224)]
+    assert features.rows(14, stride=16)[0, :, 0].tolist() == list(range(14))
     tiled = build(fusion="channel", repeat="tile").eval()
-    assert tiled.frames(steps, 30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
+    assert tiled.locate(steps, mixture, slice(None)).rows(30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -138,21 +153,17 @@ def test_a_part_has_the_features_that_its_rows_have_in_the_whole(fusion):
         return
     if fusion == "attention":
         places = []
-        model.look_up.attention.register_forward_pre_hook(lambda module, args: places.append(args[0]))
-        model.look_up(torch.zeros(2, 4, 7, 8), model.steps(mixture), (0.0, 7))
-        model.look_up(torch.zeros(2, 4, 1, 8), model.steps(mixture), (2.0, 7))
+        model.fusion.cross.attention.register_forward_pre_hook(lambda module, args: places.append(args[0]))
+        model.fusion.cross(torch.zeros(2, 4, 7, 8), model.features(mixture), (0.0, 7))
+        model.fusion.cross(torch.zeros(2, 4, 1, 8), model.features(mixture), (2.0, 7))
         torch.testing.assert_close(places[1][:, 0], places[0][:, 2])
         return
-    steps, seen = model.steps(mixture), []
-    model.frames = lambda *args, **options: seen.append(type(model).frames(model, *args, **options)) or seen[-1]
-    model(mixture, query)
-    model(mixture, query, samples)
     stride = 16 if fusion == "deep" else 1
-    assert len(seen) == 2
-    assert seen[0].shape[1] == 224 // stride
-    assert torch.equal(seen[1], seen[0][:, first // stride : (first + rows) // stride])
-    assert not torch.equal(seen[1], seen[0][:, : rows // stride])
-    assert steps.shape[0] == 2
+    values = model.features(mixture)
+    whole = model.locate(values, mixture, slice(None)).rows(224 // stride, stride)
+    of_part = model.locate(values, mixture, samples).rows(rows // stride, stride)
+    assert torch.equal(of_part, whole[:, first // stride : (first + rows) // stride])
+    assert not torch.equal(of_part, whole[:, : rows // stride])
 
 
 @pytest.mark.parametrize("first", [0, 7, 9, 15, 16])
@@ -160,14 +171,18 @@ def test_a_deep_row_has_the_step_that_its_middle_lies_in(first):
     """Rows of 16 frames, steps of 16 (crop): a row is half a step early or late at most, wherever the part begins."""
     model = build(fusion="deep", mae_input="crop")
     steps = torch.arange(14.0)[None, :, None]
-    found = model.frames(steps, 3, stride=16, first=first)[0, :, 0]
+    features = model.locate(steps, torch.zeros(1, 64000), slice(first * 320, None))
+    found = features.rows(3, stride=16)[0, :, 0]
     assert found.tolist() == [(first + 16 * row + 8) // 16 for row in range(3)]
 
 
-def test_training_shows_the_encoder_the_anchor_or_the_segment():
-    assert build(fusion="freq").hears_whole
-    assert not build(fusion="freq", context="segment").hears_whole
-    assert not build(fusion="none").hears_whole
+@pytest.mark.parametrize(("context", "samples"), [("anchor", 16000), ("segment", 9920)])
+def test_training_gives_the_encoder_the_anchor_or_the_segment(context, samples):
+    model, given = build(fusion="freq", context=context), []
+    hidden = model.upstream.hidden
+    model.upstream.hidden = lambda mixture: given.append(mixture.shape[1]) or hidden(mixture)
+    model.losses(example(), ["l1"])
+    assert given == [samples]
 
 
 def test_frozen_is_frozen():
@@ -215,8 +230,8 @@ def test_without_weight_decay_all_of_it_learns_too():
 def test_features_computed_once_give_the_same_estimates(fusion):
     model, (mixture, query) = build(fusion=fusion).eval(), batch()
     shared = model.shared(mixture)
-    assert set(shared) == (set() if fusion == "none" else {"steps"})
-    model.steps = None  # not asked again
+    assert set(shared) == (set() if fusion == "none" else {"features"})
+    model.features = None  # not asked again
     again = build(fusion=fusion).eval()
     assert torch.equal(model(mixture, query, **shared), again(mixture, query))
 
@@ -252,96 +267,96 @@ def test_pretrained_weights_must_be_exactly_the_encoders():
 
 def test_random_features_are_the_same_for_every_mixture_and_none_are_zero():
     random, none = build(upstream="random"), build(upstream="none")
-    one, two = (model.steps(batch(seed=seed)[0]) for model in (random,) for seed in (1, 2))
+    one, two = (model.features(batch(seed=seed)[0]) for model in (random,) for seed in (1, 2))
     assert torch.equal(one, two)
     assert one.std().item() == pytest.approx(1, abs=0.01)
-    assert not none.steps(batch()[0]).any()
+    assert not none.features(batch()[0]).any()
     assert cost(random, query_dim=8, samples=16000).macs == cost(none, query_dim=8, samples=16000).macs
 
 
 def test_rows_and_steps_carry_their_time():
     x = torch.zeros(1, 5, 7)
-    assert _time(x).shape == (5, 7)
-    assert len({tuple(row) for row in _time(x).tolist()}) == 5
+    assert time_code(x).shape == (5, 7)
+    assert len({tuple(row) for row in time_code(x).tolist()}) == 5
 
 
 # ------------------------------------------------------------------------------------------- fusion: interferer
 
 
 def test_the_mean_of_the_queries_and_their_spread_are_those_of_the_batches():
-    tell = build(fusion="interferer").tell
+    tell = build(fusion="interferer").fusion.head
     queries = torch.randn(40, 3, 8, generator=torch.Generator().manual_seed(0)) + 5
     for query in queries:
-        tell.see(query)
+        tell.update_statistics(query)
     everything = queries.flatten(0, 1)
     torch.testing.assert_close(tell.mean, everything.mean(dim=0))
     spread = (everything - everything.mean(dim=0)).square().sum(dim=1).mean()
     assert tell.spread.item() == pytest.approx(spread.item(), rel=0.1)  # each batch from the mean until then
     for _ in range(1000):
-        tell.see(torch.ones(3, 8))
+        tell.update_statistics(torch.ones(3, 8))
     assert (tell.mean - 1).abs().max() < 0.01  # what came long ago counts little
 
 
 def test_a_hint_is_as_long_as_the_queries_lie_from_their_mean():
     model = build(fusion="interferer")
     mixture, query = batch()
-    model.tell.see(query)
-    hint = model.tell.hint(model.steps(mixture), query)
-    torch.testing.assert_close(hint.norm(dim=1), model.tell.spread.sqrt().expand(2))
-    assert model.tell.training
-    assert torch.equal(hint, model.tell.hint(model.steps(mixture), query))  # without dropout
+    model.fusion.head.update_statistics(query)
+    hint = model.fusion.head.predict(model.features(mixture), query)
+    torch.testing.assert_close(hint.norm(dim=1), model.fusion.head.spread.sqrt().expand(2))
+    assert model.fusion.head.training
+    assert torch.equal(hint, model.fusion.head.predict(model.features(mixture), query))  # without dropout
 
 
 def test_each_mixture_is_two_examples_of_what_else_sounds():
-    model = build(fusion="interferer").eval()
-    (mixture, query), other = batch(), batch(seed=2)[1]
-    steps = model.steps(mixture)
-    loss = model.interferer_loss(mixture, query, other, steps=steps)
-    by_hand = []
-    for asked, wanted in ((query, other), (other, query)):
-        told = model.tell(steps, asked)
-        by_hand.append(1 - torch.nn.functional.cosine_similarity(told, wanted - model.tell.mean))
+    model, given = build(fusion="interferer").eval(), example()
+    steps = model.features(given.mixture)
+    loss = model.auxiliary_losses(given, features=steps)["interferer"]
+    by_hand, head = [], model.fusion.head
+    for query, wanted in ((given.query, given.interferer_query), (given.interferer_query, given.query)):
+        by_hand.append(1 - torch.nn.functional.cosine_similarity(head(steps, query), wanted - head.mean))
     torch.testing.assert_close(loss, torch.cat(by_hand).mean())
     assert 0 <= loss <= 2
 
 
-def test_the_separation_does_not_change_what_is_told_and_what_is_told_not_the_separation():
-    model = build(fusion="interferer", freeze_mae=False).train()
-    (mixture, query), other = batch(), batch(seed=2)[1]
-    model.tell.see(query)
-    torch.nn.init.normal_(model.project.weight)
-    estimate, loss = separators.separate_part_and_tell(model, mixture, query, other, slice(0, 9920))
-    tell, unet = list(model.tell.parameters()), [*model.unet.parameters(), *model.project.parameters()]
-    assert set(torch.autograd.grad(estimate.square().sum(), tell, allow_unused=True, retain_graph=True)) == {None}
-    assert set(torch.autograd.grad(loss, unet, allow_unused=True, retain_graph=True)) == {None}
-    loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in tell if p.ndim > 1)
+def test_neither_objective_reaches_the_weights_of_the_other():
+    model, given = build(fusion="interferer", freeze_mae=False).train(), example()
+    model.fusion.head.update_statistics(given.query)
+    torch.nn.init.normal_(model.fusion.project.weight)
+    terms = model.losses(given, ["l1"])
+    assert set(terms) == {"l1", "interferer"}
+    head, unet = list(model.fusion.head.parameters()), [*model.unet.parameters(), *model.fusion.project.parameters()]
+    assert set(torch.autograd.grad(terms["l1"], head, allow_unused=True, retain_graph=True)) == {None}
+    assert set(torch.autograd.grad(terms["interferer"], unet, allow_unused=True, retain_graph=True)) == {None}
+    terms["interferer"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in head if p.ndim > 1)
     assert model.upstream.encoder.blocks[0].attn.qkv.weight.grad.any()  # an updated encoder learns what else sounds
 
 
 @pytest.mark.parametrize("mae_input", ["pad1024", "crop", "hop35"])
-def test_padding_tells_nothing(mae_input):
+def test_padding_changes_no_prediction(mae_input):
     model = build(fusion="interferer", mae_input=mae_input).eval()
-    mixture, query = batch(64000)
-    model.tell.see(query)
-    torch.nn.init.normal_(model.project.weight)
-    steps = model.steps(mixture)
+    given = example(64000)
+    model.fusion.head.update_statistics(given.query)
+    torch.nn.init.normal_(model.fusion.project.weight)
+    steps = model.features(given.mixture)
     n = math.ceil(200 / model.upstream.frames_per_step)
     assert n < steps.shape[1]
     changed = torch.cat([steps[:, :n], torch.randn_like(steps[:, n:])], dim=1)
-    assert torch.equal(model(mixture, query, steps=changed), model(mixture, query, steps=steps))
-    other = query.flip(0)
-    assert torch.equal(*(model.interferer_loss(mixture, query, other, steps=s) for s in (changed, steps)))
+    one, two = (model(given.mixture, given.query, features=s) for s in (changed, steps))
+    assert torch.equal(one, two)
+    assert torch.equal(*(model.auxiliary_losses(given, features=s)["interferer"] for s in (changed, steps)))
 
 
-def test_a_separator_that_hears_the_segment_tells_by_the_segment():
-    model = build(fusion="interferer", context="segment").eval()
-    (mixture, query), part = batch(), slice(3200, 3200 + 9920)
-    estimate, loss = separators.separate_part_and_tell(model, mixture, query, query.flip(0), part)
-    assert torch.equal(estimate, model(mixture[:, part], query))
+def test_an_encoder_that_is_given_the_segment_predicts_by_the_segment():
+    model, given = build(fusion="interferer", context="segment").eval(), example()
+    terms = model.losses(given, ["l1"])
+    cut = given.mixture[:, given.part]
     again = build(fusion="interferer", context="segment").eval()
-    heard = again.steps(mixture[:, part])
-    assert torch.equal(loss, again.interferer_loss(mixture[:, part], query, query.flip(0), steps=heard))
+    assert torch.equal(terms["l1"], (again(cut, given.query) - given.target).abs().mean(dim=1).mean())
+    features = again.locate(again.features(cut), cut, slice(None))
+    assert torch.equal(
+        terms["interferer"], again.fusion.losses(features, given.query, given.interferer_query)["interferer"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- in the stage
@@ -356,6 +371,7 @@ PARAMS = TrainParams(
     learning_rate=3e-3,
     warmup=[[0.0, 1.0]],
     decay="cosine",
+    loss_weights={"l1": 1.0, "interferer": 0.1},
     gradient_clip=1.0,
     precision="fp32",
     device="cpu",
@@ -434,14 +450,14 @@ def test_a_killed_training_ends_in_the_same_bytes(anchors, pretrained, tmp_path,
 
 def test_what_else_sounds_is_learned_from_the_interferers_of_the_batches(anchors, pretrained, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(TellInterferer, "see", lambda self, query: seen.append(query))
-    wanted, loss = [], TellInterferer.loss
+    monkeypatch.setattr(InterfererHead, "update_statistics", lambda self, query: seen.append(query))
+    wanted, loss = [], InterfererHead.loss
 
     def record(self, steps, query, queries_wanted):
         wanted.append(queries_wanted)
         return loss(self, steps, query, queries_wanted)
 
-    monkeypatch.setattr(TellInterferer, "loss", record)
+    monkeypatch.setattr(InterfererHead, "loss", record)
     run(anchors, tmp_path / "out", plan(pretrained, fusion="interferer"))
     batches = Batches(anchors, PAIRS, seed=0, batch_size=2, segment_seconds=0.25)
     for n in range(PARAMS.steps):
@@ -453,14 +469,23 @@ def test_what_else_sounds_is_learned_from_the_interferers_of_the_batches(anchors
         assert torch.equal(wanted[n], torch.cat([interferers, targets]))
 
 
-def test_the_curve_of_one_that_tells_the_interferer_is_of_the_separation_alone(anchors, pretrained, tmp_path):
-    """Before the first step it is the baseline: whatever it tells, the hint has no weight."""
+def test_the_curve_has_a_column_for_each_term_and_their_weighted_sum(anchors, pretrained, tmp_path):
+    """Before the first step it is the baseline: whatever the head predicts has no weight in the separation."""
+    curves = {}
     for fusion in ("interferer", "none"):
-        run(anchors, tmp_path / fusion, plan(pretrained, fusion=fusion), steps=1, log_every_steps=1)
-    first = [
-        (tmp_path / f"{fusion}.csv").read_text().splitlines()[1].split(",")[1] for fusion in ("interferer", "none")
-    ]
-    assert first[0] == first[1]
+        out = tmp_path / fusion
+        run(anchors, out, plan(pretrained, fusion=fusion), steps=1, log_every_steps=1)
+        with out.with_suffix(".csv").open() as file:
+            curves[fusion] = next(csv.DictReader(file))
+    assert curves["interferer"]["l1"] == curves["none"]["l1"] == curves["none"]["loss"]
+    assert "interferer" not in curves["none"]
+    ours = {name: float(value) for name, value in curves["interferer"].items()}
+    assert ours["loss"] == pytest.approx(ours["l1"] + 0.1 * ours["interferer"], rel=1e-4)
+
+
+def test_a_term_without_a_weight_is_named(anchors, pretrained, tmp_path):
+    with pytest.raises(ValueError, match="loss_weights has no weight for interferer; it has l1"):
+        run(anchors, tmp_path / "out", plan(pretrained, fusion="interferer"), loss_weights={"l1": 1.0})
 
 
 def test_an_encoder_does_not_move_before_its_step(anchors, pretrained, tmp_path):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from pipeline import fbank, features, losses, metrics, mixing, upstreams
 from pipeline.panns import SmallCnn
 from pipeline.pretraining import MaskedAutoencoder
-from pipeline.separators import build, separate_part, separate_part_and_tell
+from pipeline.separators import Batch, build, build_blind
 from pipeline.separators.performer import Pretrainer
 from tests.test_conv_tasnet import TINY as CONV_TASNET
 from tests.test_mae_resunet import FUSIONS, SETTINGS, UNET
@@ -64,13 +64,12 @@ def devices_of_estimates(model, bf16):
     found = []
     for network in (model.train(), model.eval()):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
-            part = separate_part(network, there(2, SAMPLES), there(2, 8), slice(320, 320 + 9920))
-            if getattr(network, "learns_interferer", False):
-                query = there(2, 8)
-                found += separate_part_and_tell(network, there(2, SAMPLES), query, query, slice(320, 320 + 9920))
-        found += [part, losses.l1_loss(part.float(), there(2, 9920))]
+            part = slice(320, 320 + 9920)
+            found.append(network(there(2, SAMPLES), there(2, 8), part))
+            batch = Batch(there(2, SAMPLES), part, there(2, 9920), there(2, 8), there(2, 8))
+            found += network.losses(batch, ["l1"]).values()
     with torch.inference_mode():
-        shared = model.shared(there(2, SAMPLES)) if hasattr(model, "shared") else {}
+        shared = model.shared(there(2, SAMPLES))
         found.append(model(there(2, SAMPLES), there(2, 8), **shared))
     return [estimate.device.type for estimate in found]
 
@@ -120,14 +119,14 @@ def test_the_autoencoder(decoder, bf16):
 @precisions
 @pytest.mark.parametrize("changes", [{}, {"front_end": "conv"}, {"attention": "sdpa"}, {"consistency": "magsq"}])
 def test_performer(changes, bf16):
-    separator = moved(build, "performer", **{**PERFORMER, **changes})
+    separator = moved(build_blind, "performer", **{**PERFORMER, **changes})
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
         estimates, masks = separator.separate(there(2, 8000))
     assert {estimates.device.type, masks.device.type} == {"cuda"}
 
 
 def test_conv_tasnet():
-    separator = moved(build, "conv_tasnet", **CONV_TASNET)
+    separator = moved(build_blind, "conv_tasnet", **CONV_TASNET)
     estimates, masks = separator.separate(there(2, 8000))
     assert {estimates.device.type, masks.device.type} == {"cuda"}
 
@@ -135,7 +134,7 @@ def test_conv_tasnet():
 @pytest.mark.parametrize("mask_mode", ["token", "zero"])  # the others' shapes depend on numbers
 @pytest.mark.parametrize("target", ["logmag", "wave"])
 def test_the_performers_pretraining(mask_mode, target):
-    pretrainer = moved(lambda: Pretrainer(build("performer", **PERFORMER), mask_mode=mask_mode, target=target))
+    pretrainer = moved(lambda: Pretrainer(build_blind("performer", **PERFORMER), mask_mode=mask_mode, target=target))
     assert pretrainer(there(2, 8000), torch.Generator()).device.type == "cuda"
 
 

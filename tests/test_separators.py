@@ -19,7 +19,13 @@ TINY = {
     "mae_resunet": {
         **{"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0},
         **{"upstream": "mae", "freeze_mae": False, "mae_input": "crop", "layers": "last", "repeat": "interleave"},
-        **{"fusion": "freq", "lora_rank": 0, "encoder_learning_rate": 1e-4, "encoder_weight_decay": 5e-4},
+        **{
+            "fusion": "freq",
+            "fusion_options": {},
+            "lora_rank": 0,
+            "encoder_learning_rate": 1e-4,
+            "encoder_weight_decay": 5e-4,
+        },
         **{"layer_decay": 0.75, "unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
         "upstream_config": {"mae_input": "crop", "dim": 16, "depth": 2, "heads": 2},
     },
@@ -65,7 +71,7 @@ def test_an_unknown_separator_is_refused_with_the_known_ones():
 
 def tiny_blind(name, seed=0):
     torch.manual_seed(seed)
-    return separators.build(name, sample_rate=8000, **TINY_BLIND[name])
+    return separators.build_blind(name, sample_rate=8000, **TINY_BLIND[name])
 
 
 @each_blind_separator

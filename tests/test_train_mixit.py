@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import mixit
 from pipeline.moms import is_validation
-from pipeline.separators import build
+from pipeline.separators import build_blind
 from pipeline.separators.performer import Separator
 from pipeline.stages import evaluate_mixit, pretrain_performer
 from pipeline.stages import train_mixit as train_stage
@@ -91,7 +91,7 @@ def test_training_lowers_the_loss_and_writes_what_evaluation_needs(train, archit
     assert config["best_step"] == min(found, key=found.get)
     assert (config["sample_rate"], config["segment_seconds"]) == (RATE, one.params.segment_seconds)
     assert config["n_sources"] == 4
-    separator = build(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
+    separator = build_blind(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
     separator.load_state_dict(load_file(out / "weights.safetensors"))
     assert config["n_parameters"] == sum(p.numel() for p in separator.parameters())
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
@@ -103,17 +103,21 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(train):
     assert (one / FILES[0]).read_bytes() != (other / FILES[0]).read_bytes()
 
 
+def scaled(terms, factor):
+    return {name: value * factor for name, value in terms.items()}
+
+
 def dies_at(monkeypatch, call):
     """Call number `call` of the loss is the last, those of validation included. Undone by what is returned."""
-    calls, loss = itertools.count(), mixit.training_loss
+    calls, loss = itertools.count(), mixit.training_losses
 
     def dies(*arguments):
         if next(calls) == call:
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    monkeypatch.setattr(mixit, "training_loss", dies)
-    return lambda: monkeypatch.setattr(mixit, "training_loss", loss)
+    monkeypatch.setattr(mixit, "training_losses", dies)
+    return lambda: monkeypatch.setattr(mixit, "training_losses", loss)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_killed_and_run_again_it_gives_the_same_bytes(train, monkeypatch, caplog
 
 
 def test_training_stops_early_with_the_weights_that_validated_best(train, monkeypatch):
-    loss, met, says = mixit.training_loss, [], iter([4.0, 2.0, 3.0, 2.0, 5.0])
+    loss, met, says = mixit.training_losses, [], iter([4.0, 2.0, 3.0, 2.0, 5.0])
 
     def pretends(separator, *arguments):
         if separator.training:
@@ -150,9 +154,9 @@ def test_training_stops_early_with_the_weights_that_validated_best(train, monkey
         if not met or not torch.equal(met[-1]["embed.weight"], separator.embed.weight):  # not the second batch
             met.append({name: tensor.clone() for name, tensor in separator.state_dict().items()})
             pretends.value = next(says)
-        return torch.tensor(pretends.value)
+        return {"mixit": torch.tensor(pretends.value)}
 
-    monkeypatch.setattr(mixit, "training_loss", pretends)
+    monkeypatch.setattr(mixit, "training_losses", pretends)
     out, config, rows, _ = train(entry(epochs=6.0), patience=3)
     assert validations(rows) == {4: 4.0, 8: 2.0, 12: 3.0, 16: 2.0, 20: 5.0}
     assert (config["steps"], config["best_step"]) == (20, 8)  # of 48
@@ -162,10 +166,12 @@ def test_training_stops_early_with_the_weights_that_validated_best(train, monkey
 
 
 def test_a_run_that_stops_early_stops_where_it_would_have_when_killed_before(train, monkeypatch):
-    loss = mixit.training_loss
+    loss = mixit.training_losses
     # The better it separates, the worse it validates.
     monkeypatch.setattr(
-        mixit, "training_loss", lambda separator, *rest: loss(separator, *rest) * (1 if separator.training else -1)
+        mixit,
+        "training_losses",
+        lambda separator, *rest: scaled(loss(separator, *rest), 1 if separator.training else -1),
     )
     one = entry(epochs=6.0)
     whole, config, rows, _ = train(one, "whole", patience=2, **EACH_STEP)
@@ -188,14 +194,14 @@ def test_a_run_that_stops_early_stops_where_it_would_have_when_killed_before(tra
     ],
 )
 def test_running_out_of_memory_is_a_result(train, monkeypatch, music, tmp_path, error):
-    calls, loss = itertools.count(), mixit.training_loss
+    calls, loss = itertools.count(), mixit.training_losses
 
     def runs_out(*arguments):
         if next(calls) == 3:
             raise error
         return loss(*arguments)
 
-    monkeypatch.setattr(mixit, "training_loss", runs_out)
+    monkeypatch.setattr(mixit, "training_losses", runs_out)
     out, config, rows, told = train(entry("conv_tasnet"))
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert json.loads((out / "config.json").read_text()) == config
@@ -256,15 +262,15 @@ def test_other_errors_stop_the_stage(train, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(mixit, "training_loss", broken)
+    monkeypatch.setattr(mixit, "training_losses", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         train(entry())
 
 
 def test_a_loss_that_is_not_finite_names_the_tracks(train, monkeypatch):
-    loss, calls = mixit.training_loss, itertools.count()
+    loss, calls = mixit.training_losses, itertools.count()
     monkeypatch.setattr(
-        mixit, "training_loss", lambda *arguments: loss(*arguments) * (float("nan") if next(calls) == 2 else 1)
+        mixit, "training_losses", lambda *arguments: scaled(loss(*arguments), float("nan") if next(calls) == 2 else 1)
     )
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 2, batch: song\d \+ song\d, song\d \+ song"):
         train(entry())
@@ -308,7 +314,7 @@ def test_an_entry_whose_pretraining_ran_out_of_memory_has_that_as_its_result(
         pretrain_performer.pretrain_performer(
             index, out, out.with_suffix(".csv"), music=params, params=PRETRAIN, model=PERFORMER
         )
-    monkeypatch.setattr(mixit, "training_loss", None)  # nothing is trained
+    monkeypatch.setattr(mixit, "training_losses", None)  # nothing is trained
     out, config, rows, _ = train(entry(pretrained=True), pretrained=out / pretrain_performer.PRETRAINED)
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert json.loads((out / "config.json").read_text()) == config
@@ -361,13 +367,13 @@ def test_pretraining_of_another_rate_or_size_is_refused(train, pretrained, tmp_p
 
 
 def test_batches_of_several_lengths_are_learned_from_and_all_lengths_validate(train, monkeypatch):
-    met, loss = {True: [], False: []}, mixit.training_loss
+    met, loss = {True: [], False: []}, mixit.training_losses
 
     def watched(separator, mixtures, *rest):
         met[separator.training].append(tuple(mixtures.shape))
         return loss(separator, mixtures, *rest)
 
-    monkeypatch.setattr(mixit, "training_loss", watched)
+    monkeypatch.setattr(mixit, "training_losses", watched)
     _, config, _, _ = train(entry(epochs=3.0, segment_seconds=None), validate_every_steps=100)
     assert config["segment_seconds"] == [0.25, 0.5]
     assert len(met[True]) == config["steps"] == 16  # 3 x 8 s, at 2 x 2 x 0.375 s a step

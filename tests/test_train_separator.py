@@ -33,6 +33,7 @@ PARAMS = TrainParams(
     learning_rate=3e-3,
     warmup=[[0.0, 0.1], [2.0, 1.0]],
     decay="cosine",
+    loss_weights={"l1": 1.0},
     gradient_clip=0.0,
     precision="fp32",
     device="cpu",
@@ -129,7 +130,7 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
 train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, optimizer: adamw, learning_rate: 3e-3,
-  warmup: [[0, 1.0]], decay: none,
+  warmup: [[0, 1.0]], decay: none, loss_weights: {l1: 1.0},
   gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
   model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4],

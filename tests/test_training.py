@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path):
     parameter = nn.Parameter(torch.zeros(2))
     network = nn.ParameterList([parameter])
-    with pytest.raises(FloatingPointError, match="the gradient is nan at step 0, batch: number 0"):
+    with pytest.raises(FloatingPointError, match="the gradient_norm is nan at step 0, batch: number 0"):
         fit(
             network,
             build_optimizer("adam", network.parameters(), 0.01),

@@ -1,91 +1,183 @@
 """Separators, one architecture per file. The folder is the registry: params.yaml names the file.
 
-A query separator maps (mixture (batch, time), query (batch, query_dim)) to the queried source, (batch, time), at
-32 kHz and for any number of samples. Each file defines `Separator(query_dim=..., **model)`, with `model` the entry's
-`model:` mapping of params.yaml. Training separates a part of each mixture. One whose `hears_whole` is true is called
-as `separator(mixture, query, part)`, `part` a slice of the samples, and may look beside it; others get the part alone.
-`shared(mixture)`, where a file has it, is what no query changes: tensors (batch, ...) by the name of the argument that
-takes them. One whose `learns_interferer` is true is taught what else sounds, beside separation:
-`interferer_loss(mixture, query, interferer_query, **shared)`.
+Each file defines `Separator`, a subclass of one of the two classes below:
 
-One without queries (`Separator.takes_query = False`) maps mixture (batch, time) to all sources, (batch, sources, time),
-in no order, at the rate that it is told: `Separator(sample_rate=..., n_sources=..., **model)`. Its
-`separate(mixture)` gives (sources, masks (batch, sources, bins, frames)).
+QuerySeparator    gives back the source of each mixture that its query asks for, at 32 kHz; trained on pairs of anchors.
+                  `Separator(query_dim=..., **model)`, with `model` the entry's `model:` mapping of params.yaml
+BlindSeparator    gives back all sources of a mixture, in no order; trained by mixture-invariant training.
+                  `Separator(sample_rate=..., n_sources=..., **model)`
 
 tests/test_separators.py holds every file here to that.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from jaxtyping import Float
 from pydantic import create_model
 from torch import Tensor, nn
 
 from pipeline.config import Params
+from pipeline.losses import separation_loss
+from pipeline.runtime import read_json
+from pipeline.weights import read_safetensors
+
+T = TypeVar("T", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training mixtures of two anchors, the wanted source of a part of each, and both queries."""
+
+    mixture: Float[Tensor, "batch time"]
+    part: slice  # of the samples: what is separated and compared with the target
+    target: Float[Tensor, "batch part"]
+    query: Float[Tensor, "batch query_dim"]  # embedding of the target
+    interferer_query: Float[Tensor, "batch query_dim"]  # of what else sounds: no separator has it but to learn from
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy the tensors to a device."""
+        tensors = (self.mixture, self.target, self.query, self.interferer_query)
+        mixture, target, query, interferer_query = (t.to(device, non_blocking=True) for t in tensors)
+        return Batch(mixture, self.part, target, query, interferer_query)
+
+    def cut(self) -> "Batch":
+        """Reduce the mixtures to the part that is separated."""
+        return replace(self, mixture=self.mixture[:, self.part], part=slice(None))
+
+
+class QuerySeparator(nn.Module):
+    """Base class of query-conditioned separators: mixture (batch, time) and query (batch, query_dim) to (batch, part).
+
+    A subclass defines `forward(mixture, query, part=slice(None), **shared)`, which separates `part` (a slice of the
+    samples) of each mixture and may use what lies beside it as context; `shared` is what `shared(mixture)` gave, if it
+    was computed before. It overrides the rest where it has something to say.
+    """
+
+    def shared(self, mixture: Float[Tensor, "batch time"]) -> dict[str, Tensor]:
+        """Compute what no query changes, (batch, ...) by `forward`'s argument names, once for several queries."""
+        return {}
+
+    def losses(self, batch: Batch, objectives: Sequence[str]) -> dict[str, Tensor]:
+        """Compute the terms of the training loss by name: each of `objectives`, and the separator's own.
+
+        `train.loss_weights` weighs them; the curve has a column for each.
+        """
+        shared = self.shared(batch.mixture)
+        estimate = self(batch.mixture, batch.query, batch.part, **shared)
+        with torch.autocast(estimate.device.type, enabled=False):
+            terms = {name: separation_loss(name, estimate.float(), batch.target).mean() for name in objectives}
+        return terms | self.auxiliary_losses(batch, **shared)
+
+    def auxiliary_losses(self, batch: Batch, **shared: Tensor) -> dict[str, Tensor]:
+        """Compute the separator's own terms of the training loss by name; none by default."""
+        return {}
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Group the trained parameters for an optimizer; a group with `start_step` does not move before that step."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": learning_rate}]
+
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> None:
+        """Give a part of the network pretrained weights; RuntimeError where they are not exactly its own."""
+        if state:
+            raise RuntimeError(f"{type(self).__module__} has no part for the pretrained {sorted(state)[:5]}")
+
+
+class BlindSeparator(nn.Module):
+    """Base class of separators without queries: mixture (batch, time) to all its sources (batch, sources, time).
+
+    A subclass defines `separate`, and overrides the rest where it has something to say.
+    """
+
+    n_sources: int
+    sample_rate: int
+
+    def forward(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch sources time"]:
+        """Separate mixtures of any length."""
+        return self.separate(mixture)[0]
+
+    def separate(
+        self, mixture: Float[Tensor, "batch time"]
+    ) -> tuple[Float[Tensor, "batch sources time"], Float[Tensor, "batch sources bins frames"]]:
+        """Separate mixtures of any length into (estimates, masks)."""
+        raise TypeError(f"{type(self).__module__} defines no separate")
+
+    def learn_statistics(self, waveforms: Iterable[Float[Tensor, "batch time"]]) -> None:
+        """Learn the input's level from waveforms of the training data, before the first step; nothing by default."""
+
+    def redraw(self, step: int, seed: int) -> None:
+        """Draw new random features, as a function of (step, seed); nothing by default."""
+
+    def pretrained_names(self) -> list[str]:
+        """Name the tensors that pretraining hands over; none by default."""
+        return []
+
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> None:
+        """Take the pretrained tensors of `pretrained_names`; ValueError where they are not exactly its own."""
+        raise ValueError(f"nothing pretrains {type(self).__module__.rpartition('.')[2]}")
 
 
 def names() -> list[str]:
-    """The architectures there are."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
-
-
-def build(name: str, **kwargs: Any) -> nn.Module:
-    """Build the Separator of `pipeline/separators/<name>.py`; ValueError for a name that has no file."""
-    if name not in names():
-        raise ValueError(f"no separator {name!r}; there are {names()}")
-    separator: nn.Module = import_module(f"{__name__}.{name}").Separator(**kwargs)
-    return separator
-
-
-def separate_part(separator: nn.Module, mixture: Tensor, query: Tensor, part: slice) -> Tensor:
-    """What each query asks for in this part of its mixture, as in training: (batch, part)."""
-    return _separate_part(separator, mixture, query, part)
-
-
-def separate_part_and_tell(
-    separator: nn.Module, mixture: Tensor, query: Tensor, interferer_query: Tensor, part: slice
-) -> tuple[Tensor, Tensor]:
-    """The same of a separator whose `learns_interferer` is true, and its `interferer_loss`; features computed once."""
-    heard = mixture if _hears_whole(separator) else mixture[:, part]
-    shared = separator.shared(heard)  # type: ignore[operator]
-    estimate = _separate_part(separator, mixture, query, part, **shared)
-    loss: Tensor = separator.interferer_loss(heard, query, interferer_query, **shared)  # type: ignore[operator]
-    return estimate, loss
-
-
-def _hears_whole(separator: nn.Module) -> bool:
-    return bool(getattr(separator, "hears_whole", False))
-
-
-def _separate_part(separator: nn.Module, mixture: Tensor, query: Tensor, part: slice, **shared: Tensor) -> Tensor:
-    if _hears_whole(separator):
-        estimate: Tensor = separator(mixture, query, part, **shared)
-    else:
-        estimate = separator(mixture[:, part], query, **shared)
-    return estimate
+    """List the architectures: the files of this folder."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def takes_query(name: str) -> bool:
-    """Whether it separates what it is asked for; otherwise it gives all sources at once. ValueError as in `build`."""
-    if name not in names():
-        raise ValueError(f"no separator {name!r}; there are {names()}")
-    return bool(getattr(import_module(f"{__name__}.{name}").Separator, "takes_query", True))
+    """Tell a QuerySeparator from a BlindSeparator by the file's name; ValueError for a name that has no file."""
+    return issubclass(_separator(name), QuerySeparator)
+
+
+def build(name: str, **kwargs: Any) -> QuerySeparator:
+    """Build the query separator of `pipeline/separators/<name>.py`; ValueError for a name without a file or query."""
+    if not takes_query(name):
+        raise ValueError(f"separator {name!r} takes no query")
+    separator: QuerySeparator = _separator(name)(**kwargs)
+    return separator
+
+
+def build_blind(name: str, **kwargs: Any) -> BlindSeparator:
+    """Build the blind separator of `pipeline/separators/<name>.py`; ValueError for a name that needs a query."""
+    if takes_query(name):
+        raise ValueError(f"separator {name!r} needs a query")
+    separator: BlindSeparator = _separator(name)(**kwargs)
+    return separator
+
+
+def load(folder: Path) -> QuerySeparator:
+    """Load a trained query separator (config.json, weights.safetensors) in evaluation mode.
+
+    RuntimeError for weights that are not exactly its own.
+    """
+    config = read_json(folder / "config.json")
+    return _loaded(build(config["architecture"], **config["model"]), folder)
+
+
+def load_blind(folder: Path) -> BlindSeparator:
+    """Load a trained blind separator (config.json, weights.safetensors) in evaluation mode.
+
+    RuntimeError for weights that are not exactly its own.
+    """
+    config = read_json(folder / "config.json")
+    return _loaded(build_blind(config["architecture"], sample_rate=config["sample_rate"], **config["model"]), folder)
 
 
 def model_params(name: str) -> type[Params]:
-    """What `model:` of an entry must say: every argument of the file's Separator, with its type, but query_dim and
-    sample_rate, which the data decide.
+    """Make the Params class of an entry's `model:`: every argument of the file's Separator, with its type.
 
-    A file with `Settings` takes its sizes from another entry, and says the rest there.
+    `query_dim` and `sample_rate` are left out: the data decide them. A file with `Settings` takes its sizes from
+    another entry, and its own keys are those of `Settings`.
     """
-    module = import_module(f"{__name__}.{name}")
+    separator = _separator(name)
+    module = import_module(separator.__module__)
     if hasattr(module, "Settings"):
         settings: type[Params] = module.Settings
         return settings
-    arguments = inspect.signature(module.Separator.__init__).parameters.values()
+    arguments = inspect.signature(separator.__init__).parameters.values()
     fields: dict[str, Any] = {
         a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
         for a in arguments
@@ -95,7 +187,7 @@ def model_params(name: str) -> type[Params]:
 
 
 def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of a checkpoint that the architecture's authors published, and arguments of the Separator it is of.
+    """Read a checkpoint that the architecture's authors published: state dict, and arguments of its Separator.
 
     ValueError where the file `pipeline/separators/<name>.py` defines no `read_published(path, sha256=...)`.
     """
@@ -104,3 +196,14 @@ def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[s
         raise ValueError(f"{path}: separator {name!r} reads no published checkpoints")
     found: tuple[dict[str, Tensor], dict[str, Any]] = module.read_published(path, sha256=sha256)
     return found
+
+
+def _separator(name: str) -> Any:
+    if name not in names():
+        raise ValueError(f"no separator {name!r}; there are {names()}")
+    return import_module(f"{__name__}.{name}").Separator
+
+
+def _loaded(separator: T, folder: Path) -> T:
+    separator.load_state_dict(read_safetensors(folder / "weights.safetensors"), strict=True)
+    return separator.eval()

@@ -10,17 +10,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchaudio.models import ConvTasNet
 
 from pipeline.losses import mixture_consistency
+from pipeline.separators import BlindSeparator
 
 # torchaudio pads its dilated convolutions as only this kernel needs.
 BLOCK_KERNEL = 3
 
 
-class Separator(nn.Module):
+class Separator(BlindSeparator):
     """Conv-TasNet with N filters of `window_ms`, which overlap by half, and `stacks` of `layers` blocks.
 
     n_filters, bottleneck, hidden   N, B and H of the paper; layers, stacks are its X and R
@@ -32,8 +33,6 @@ class Separator(nn.Module):
 
     The filters and the masks are applied in float32 also under autocast; only what makes the masks follows it.
     """
-
-    takes_query = False
 
     def __init__(
         self,
@@ -69,10 +68,6 @@ class Separator(nn.Module):
             msk_num_layers=layers,
             msk_num_stacks=stacks,
         )
-
-    def forward(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch sources time"]:
-        """The sources of mixtures of any length."""
-        return self.separate(mixture)[0]
 
     def separate(
         self, mixture: Float[Tensor, "batch time"]

@@ -23,6 +23,7 @@ from pipeline.favor import PerformerEncoder
 from pipeline.features import istft, magnitude, pad_to, stft
 from pipeline.linear import Linear
 from pipeline.losses import mixture_consistency
+from pipeline.separators import BlindSeparator
 
 LOG_GAIN = 100.0  # of the magnitude inside log1p, for waveforms in [-1, 1]
 MIN_STD = 1e-2  # of a bin's log magnitude: bins that a codec emptied are not blown up
@@ -31,7 +32,7 @@ HEAD_PREFIX = "head."
 Norm = Literal["zscore", "minmax", "none"]
 
 
-class Separator(nn.Module):
+class Separator(BlindSeparator):
     """N masks from a Transformer whose tokens are `patch_frames` successive frames each.
 
     front_end   stft: tokens are a Linear of log1p(100 |X|), normalised. conv: of a learned filter bank with the STFT's
@@ -47,7 +48,6 @@ class Separator(nn.Module):
     follow an autocast: STFT, features, masks and all sums are float32.
     """
 
-    takes_query = False
     own_after_pretraining = frozenset({"n_sources", "mask_activation", "consistency", "dropout", "recompute"})
     """What may differ from the network that was pretrained: the head's, and what changes no output."""
 
@@ -122,10 +122,6 @@ class Separator(nn.Module):
         nn.init.zeros_(self.head.bias)
         if mask_activation == "sigmoid" and n_sources > 1:
             nn.init.constant_(self.head.bias, -math.log(n_sources - 1))
-
-    def forward(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch sources time"]:
-        """The sources of mixtures of any length."""
-        return self.separate(mixture)[0]
 
     def separate(
         self, mixture: Float[Tensor, "batch time"]

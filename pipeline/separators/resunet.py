@@ -15,6 +15,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from pipeline.features import istft, magnitude, pad_to, stft
+from pipeline.separators import QuerySeparator
 from pipeline.weights import read_tensors
 
 NEGATIVE_SLOPE = 0.01
@@ -152,7 +153,7 @@ class UNet(nn.Module):
             return self.leave(h.float())
 
 
-class Separator(nn.Module):
+class Separator(QuerySeparator):
     """ResUNet30 with widths `channels` (one per encoder, six).
 
     The mask's phase is that of a complex number near zero when training starts: anything. With a `phase_bias` of 1 that
@@ -198,10 +199,13 @@ class Separator(nn.Module):
         nn.init.constant_(self.unet.leave.bias[1], phase_bias)
 
     def forward(
-        self, mixture: Float[Tensor, "batch time"], query: Float[Tensor, "batch query_dim"]
-    ) -> Float[Tensor, "batch time"]:
-        """The part of each mixture that its query asks for."""
-        return self.masked(mixture, lambda spectrum: self.unet(self.plane(spectrum), query))
+        self,
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+        part: slice = slice(None),
+    ) -> Float[Tensor, "batch part"]:
+        """Separate `part` of each mixture from its samples alone."""
+        return self.masked(mixture[:, part], lambda spectrum: self.unet(self.plane(spectrum), query))
 
     def masked(
         self, mixture: Float[Tensor, "batch time"], logits: Callable[[Tensor], Tensor]

@@ -27,8 +27,9 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from scipy.io import wavfile
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline import separators
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
 from pipeline.devices import choose_device, exact_float32
@@ -47,8 +48,7 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.separators import build
-from pipeline.weights import read_safetensors
+from pipeline.separators import QuerySeparator
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Setup:
 class Loaded:
     """What a Setup names, in memory."""
 
-    separator: nn.Module
+    separator: QuerySeparator
     reader: AnchorReader
     pairs: pa.Table
     average: dict[int, Float[np.ndarray, " query_dim"]]
@@ -124,20 +124,12 @@ def load(setup: Setup) -> Loaded:
     keep_freed_memory()
     with np.load(setup.queries) as stored:
         average = dict(zip(stored["class_index"].tolist(), stored["query"], strict=True))
-    separator = load_separator(setup.separator).to(setup.device)
+    separator = separators.load(setup.separator).to(setup.device)
     return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average)
 
 
 def _open(anchors: Path) -> AnchorReader:
     return AnchorReader(anchors, AnchorIndex.load(anchors))
-
-
-def load_separator(directory: Path) -> nn.Module:
-    """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
-    config = read_json(directory / "config.json")
-    separator = build(config["architecture"], **config["model"])
-    separator.load_state_dict(read_safetensors(directory / "weights.safetensors"), strict=True)
-    return separator.eval()
 
 
 def average_queries(pairs: pa.Table, reader: AnchorReader) -> dict[int, Float[np.ndarray, " query_dim"]]:
@@ -166,7 +158,7 @@ def choose_examples(class_indices: Sequence[int], pairs: Sequence[int], n: int) 
 
 
 def separate(
-    separator: Any,
+    separator: QuerySeparator,
     mixture: Float[Tensor, "batch time"],
     average: Float[Tensor, "batch query_dim"],
     oracle: Float[Tensor, "batch query_dim"],
@@ -178,7 +170,7 @@ def separate(
     """
     estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
     with torch.inference_mode(), exact_float32():
-        shared = separator.shared(mixture) if hasattr(separator, "shared") else {}
+        shared = separator.shared(mixture)
         for i, query in enumerate((average, oracle)):
             known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)
             if known.any():
@@ -340,7 +332,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write the scores of every pair of pairs_dir/eval to out/scores.parquet, and examples; return the summary."""
     device = str(choose_device(params.device))
-    load_separator(separator)  # what cannot be loaded fails here, not in every worker
+    separators.load(separator)  # what cannot be loaded fails here, not in every worker
     config = read_json(separator / "config.json")
     readers = {split: _open(anchors / split) for split in ("train", "eval")}
     for split, reader in readers.items():

@@ -45,8 +45,7 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.separators import build
-from pipeline.weights import read_safetensors
+from pipeline.separators import BlindSeparator, load_blind
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +87,7 @@ class Test:
     pairs: EvalPairs | None  # for an entry trained on anchors
 
 
-def load_separator(directory: Path, device: str) -> Any:
-    """The separator of a directory, in evaluation mode. Weights that are not exactly its own: RuntimeError."""
-    config = read_config(directory)
-    separator = build(config["architecture"], sample_rate=config["sample_rate"], **config["model"])
-    separator.load_state_dict(read_safetensors(directory / "weights.safetensors"), strict=True)
-    return separator.eval().to(device)
-
-
-def separate(separator: Any, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
+def separate(separator: BlindSeparator, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
     """(estimates, masks), float32; ValueError where an estimate is not finite."""
     with torch.inference_mode(), exact_float32():
         estimates, masks = separator.separate(mixture)
@@ -131,7 +122,9 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, m
         yield moms.batch(k)
 
 
-def score_moms(separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str) -> pd.DataFrame:
+def score_moms(
+    separator: BlindSeparator, test: Test, seconds: float, params: EvaluateMixitParams, device: str
+) -> pd.DataFrame:
     """A row per mixture of mixtures: its scores, the source of x1, and the recordings of x1 (target) and x2."""
     rows: list[pd.DataFrame] = []
     for batch in batches(test, seconds, mixit.TEST, params.n_moms, params.batch_size, test.mixit.max_stems):
@@ -144,7 +137,7 @@ def score_moms(separator: Any, test: Test, seconds: float, params: EvaluateMixit
 
 
 def score_mixtures(
-    separator: Any, test: Test, seconds: float, params: EvaluateMixitParams, device: str, examples: Path
+    separator: BlindSeparator, test: Test, seconds: float, params: EvaluateMixitParams, device: str, examples: Path
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """A row per single mixture of two stems or more, and the first few mixtures as sounds with all outputs."""
     rows: list[pd.DataFrame] = []
@@ -196,10 +189,10 @@ class PairsSetup:
 
 
 @lru_cache(maxsize=1)
-def _loaded(setup: PairsSetup) -> tuple[Any, AnchorReader, pa.Table]:
+def _loaded(setup: PairsSetup) -> tuple[BlindSeparator, AnchorReader, pa.Table]:
     keep_freed_memory()
     reader = AnchorReader(setup.anchors, AnchorIndex.load(setup.anchors))
-    return load_separator(setup.separator, setup.device), reader, pq.read_table(setup.pairs)
+    return load_blind(setup.separator).to(setup.device), reader, pq.read_table(setup.pairs)
 
 
 def score_pairs(rows: tuple[int, int], directory: Path, *, setup: PairsSetup) -> None:
@@ -330,7 +323,7 @@ def _scores(
     device: str,
 ) -> dict[str, Any]:
     """Write the tables and examples to `finished`; return their part of the summary."""
-    separator = load_separator(separator_dir, device)
+    separator = load_blind(separator_dir).to(device)
     moms = score_moms(separator, test, seconds, params, device)
     mixtures, examples = score_mixtures(separator, test, seconds, params, device, finished / "examples")
     pairs = None

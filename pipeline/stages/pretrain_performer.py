@@ -35,7 +35,7 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.separators import build, model_params
+from pipeline.separators import build_blind, model_params
 from pipeline.separators.performer import Pretrainer
 from pipeline.training import Validation, fit, write_curve
 
@@ -109,7 +109,7 @@ def _learn(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """How the training went, for the summary, and the weights that it hands over."""
     torch.manual_seed(params.seed)
-    separator: Any = build("performer", sample_rate=train.sample_rate, **model)
+    separator: Any = build_blind("performer", sample_rate=train.sample_rate, **model)
     separator.learn_statistics(_single(train, n) for n in range(STATISTICS_BATCHES))
     pretrainer = Pretrainer(
         separator,

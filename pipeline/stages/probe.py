@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import upstreams
+from pipeline import separators, upstreams
 from pipeline.config import AudioParams, load_params
 from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.probing import ProbeParams, described, difference, probe_upstreams
 from pipeline.runtime import read_json, running, write_json
-from pipeline.separators import build
 from pipeline.shards import ClipReader
-from pipeline.weights import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +34,9 @@ def probe(
     use_precision("fp32")
     config = read_json(separator / "config.json")
     model = config["model"]
-    trained: Any = build(config["architecture"], **model)
-    if not hasattr(trained, "upstream"):
+    trained: Any = separators.load(separator)
+    if trained.upstream is None:
         return {"upstream": None}
-    trained.load_state_dict(read_safetensors(separator / "weights.safetensors"))
     encoders: list[Any] = [trained.upstream.float()]
     if model["upstream"] == "mae":
         start = upstreams.build("mae", **model["upstream_config"])

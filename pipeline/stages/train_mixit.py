@@ -25,7 +25,7 @@ from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 from pipeline.music import MomBatch, MusicParams
 from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
-from pipeline.separators import build
+from pipeline.separators import build_blind
 from pipeline.training import Fitted, Validation, fit, write_curve
 from pipeline.weights import read_safetensors
 
@@ -74,10 +74,10 @@ def train_mixit(
     train, held_out = streams(entry, source, music, params)
     steps = train.steps(entry.params.epochs, params.batch_size)
     torch.manual_seed(params.seed)
-    separator: Any = build(entry.params.architecture, sample_rate=train.sample_rate, **entry.model)
+    separator = build_blind(entry.params.architecture, sample_rate=train.sample_rate, **entry.model)
     weights = pretrained / "weights.safetensors" if entry.params.pretrained and pretrained else None
     if entry.params.pretrained:
-        if weights is None or not hasattr(separator, "load_pretrained"):
+        if weights is None or not separator.pretrained_names():
             raise ValueError(f"{entry.name} is to be pretrained, but nothing pretrains {entry.params.architecture}")
         given = mixit.read_config(weights.parent)
         _check_pretraining(entry, separator, given, train.sample_rate)
@@ -94,8 +94,8 @@ def train_mixit(
     )
     log.info("%s: %d steps, %.2f epochs of %.0f s", entry.name, steps, entry.params.epochs, train.epoch_seconds)
 
-    def loss(batch: MomBatch) -> Tensor:
-        return mixit.training_loss(separator, torch.from_numpy(batch.mixtures), entry.params, params, device)
+    def losses(batch: MomBatch) -> dict[str, Tensor]:
+        return mixit.training_losses(separator, torch.from_numpy(batch.mixtures), entry.params, params, device)
 
     mixit_alone = entry.params.model_copy(update={"diversity": 0.0, "sparsity": 0.0})  # chooses the weights
 
@@ -106,15 +106,15 @@ def train_mixit(
                 for n in range(min(moms.n_batches, math.ceil(params.n_validation_moms / params.batch_size))):
                     batch = moms.batch(n)
                     mixtures = torch.from_numpy(batch.mixtures)
-                    value = mixit.training_loss(separator, mixtures, mixit_alone, params, device)
-                    total += float(value) * len(batch.mixtures)
+                    terms = mixit.training_losses(separator, mixtures, mixit_alone, params, device)
+                    total += float(terms["mixit"]) * len(batch.mixtures)
                     count += len(batch.mixtures)
         if not math.isfinite(total):
             raise FloatingPointError(f"{entry.name}: the validation loss is {total}")
         return total / count
 
     def redraw(n: int) -> None:
-        if params.redraw_every_steps and n and n % params.redraw_every_steps == 0 and hasattr(separator, "redraw"):
+        if params.redraw_every_steps and n and n % params.redraw_every_steps == 0:
             separator.redraw(n, params.seed)
 
     config: dict[str, Any] = {
@@ -132,7 +132,7 @@ def train_mixit(
     }
 
     def learn() -> Fitted:
-        if not entry.params.pretrained and hasattr(separator, "learn_statistics"):
+        if not entry.params.pretrained:
             heard = (
                 torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES)
             )
@@ -142,7 +142,8 @@ def train_mixit(
             separator,
             mixit.build_optimizer(separator, params.learning_rate, params.weight_decay),
             lambda n: train.load(n, params.seed),
-            loss,
+            losses,
+            loss_weights=mixit.loss_weights(entry.params),
             steps=steps,
             learning_rate=lambda n: mixit.learning_rate_factor(
                 n,

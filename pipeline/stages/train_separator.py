@@ -1,10 +1,10 @@
 """Stage train_separator: train one entry of `separators:` or `mae_separators:` to give back the queried one of two
 mixed anchors.
 
-The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III); the loss is L1 on the
-waveform; a separator that tells what else sounds (`learns_interferer`) is taught that beside it. Anchors were mined
-once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of (seed, n): a killed run goes on
-from its checkpoint to the weights it would have had.
+The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III). The loss is a weighted sum
+(`train.loss_weights`) of objectives that compare the waveforms, such as L1, and of the separator's own terms. Anchors
+were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of (seed, n): a killed
+run goes on from its checkpoint to the weights it would have had.
 
 All entries meet the same mixtures in the same order, and their U-Nets begin with the same weights.
 
@@ -20,21 +20,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from pydantic import Field, field_validator
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import upstreams
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
 from pipeline.cost import cost
 from pipeline.devices import Precision, autocast, choose_device, use_available_cores, use_precision
-from pipeline.losses import l1_loss
+from pipeline.losses import SEPARATION
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
 from pipeline.runtime import (
@@ -48,14 +47,10 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.sampling import PairStream
-from pipeline.separators import build, model_params, read_published, separate_part, separate_part_and_tell
+from pipeline.separators import Batch, QuerySeparator, build, model_params, read_published
 from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
 
 log = logging.getLogger(__name__)
-
-# Of the loss of what else sounds. To Adam the scale of a loss that shares no weights with the other is all one; it is
-# small so that a clipped norm is the separation's.
-INTERFERER_WEIGHT = 0.1
 
 ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has the shards' hashes, of the queries too
 
@@ -71,6 +66,7 @@ class TrainParams(Params):
     learning_rate: float = Field(gt=0)
     warmup: list[list[float]] = Field(min_length=1)
     decay: Literal["none", "cosine"]
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]]
     gradient_clip: float = Field(ge=0)
     precision: Precision
     device: Literal["auto", "cpu", "cuda"]
@@ -83,6 +79,18 @@ class TrainParams(Params):
         if any(len(piece) != 2 for piece in warmup) or [p[0] for p in warmup] != sorted(p[0] for p in warmup):
             raise ValueError("warmup is a list of [from this step, x learning rate], in the order of the steps")
         return warmup
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _has_an_objective(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not any(weights.get(name) for name in SEPARATION):
+            raise ValueError(f"loss_weights must give one of {', '.join(SEPARATION)} a weight above 0")
+        return weights
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the objectives that compare estimate and target, as far as they have a weight."""
+        return [name for name in SEPARATION if self.loss_weights.get(name)]
 
 
 class SeparatorParams(Params):
@@ -111,23 +119,6 @@ class Plan:
     weights: Path | None = None  # a published checkpoint
     weights_sha256: str | None = None
     upstream: dict[str, Tensor] | None = None  # pretrained weights of its upstream; None: it has none
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Mixtures, what is asked for in a part of them, and the queries that ask."""
-
-    mixture: Float[Tensor, "batch time"]
-    part: slice  # of the samples
-    target: Float[Tensor, "batch part"]
-    query: Float[Tensor, "batch query_dim"]
-    interferer_query: Float[Tensor, "batch query_dim"]  # of what else sounds; no separator has it but to learn from
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        tensors = (self.mixture, self.target, self.query, self.interferer_query)
-        mixture, target, query, interferer_query = (t.to(device, non_blocking=True) for t in tensors)
-        return Batch(mixture, self.part, target, query, interferer_query)
 
 
 class Batches:
@@ -181,33 +172,22 @@ class Batches:
 
 
 def train(
-    name: str, model: nn.Module, batches: Batches, params: TrainParams, *, scratch: Path, curve: Path
-) -> nn.Module:
+    name: str, model: QuerySeparator, batches: Batches, params: TrainParams, *, scratch: Path, curve: Path
+) -> QuerySeparator:
     """Fit `model` to the batches; the result is on the CPU."""
     device = choose_device(params.device)
     model.to(device)
 
-    def loss(batch: Batch) -> Tensor:
-        batch = batch.to(device)
-        told = None
+    def losses(batch: Batch) -> dict[str, Tensor]:
         with autocast(device, params.precision):
-            if getattr(model, "learns_interferer", False):
-                estimate, told = separate_part_and_tell(
-                    model, batch.mixture, batch.query, batch.interferer_query, batch.part
-                )
-            else:
-                estimate = separate_part(model, batch.mixture, batch.query, batch.part)
-        l1 = l1_loss(estimate.float(), batch.target).mean()
-        # The value is that of the separation alone, as every model's: the curves are compared.
-        return l1 if told is None else l1 + INTERFERER_WEIGHT * (told - told.detach())
+            return model.losses(batch.to(device), params.objectives)
 
-    groups = getattr(model, "parameter_groups", None)
-    parameters = model.parameters() if groups is None else groups(params.learning_rate)
     fit(
         model,
-        build_optimizer(params.optimizer, parameters, params.learning_rate),
+        build_optimizer(params.optimizer, model.parameter_groups(params.learning_rate), params.learning_rate),
         batches.load,
-        loss,
+        losses,
+        loss_weights=params.loss_weights,
         steps=params.steps,
         learning_rate=lambda n: learning_rate_factor(n, warmup=params.warmup, decay=params.decay, steps=params.steps),
         gradient_clip=params.gradient_clip,
@@ -265,7 +245,7 @@ def train_separator(
     index = read_json(anchors / "index.json")
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
-    model: Any = build(plan.architecture, query_dim=query_dim, **plan.model)
+    model = build(plan.architecture, query_dim=query_dim, **plan.model)
     if plan.upstream is not None:
         model.load_pretrained(plan.upstream)
     identity = json.dumps([plan.architecture, plan.model, str(plan.weights), plan.weights_sha256], sort_keys=True)
