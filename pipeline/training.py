@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -119,6 +119,43 @@ class Fitted:
     seconds_per_step: float | None  # of the steps taken by this process, validation apart; None: it took none
 
 
+class Average:
+    """An exponential moving average of a model's weights and of the running statistics of its norms, in float32.
+
+    After step n each tensor moves by max(1 - decay, 9 / (10 + n)) of its way to the model's: at first the mean of few
+    steps, not of the random start. Counters are copied. `tensors` is a state dict of the model.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"the decay of an average of weights is {decay}, not between 0 and 1")
+        self.decay = decay
+        self.tensors = {
+            name: tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in model.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, n: int) -> None:
+        """Take in the weights after step n, counted from 0."""
+        share = max(1 - self.decay, 9 / (10 + n))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                self.tensors[name].lerp_(tensor.float(), share)
+            else:
+                self.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def inside(self, model: nn.Module) -> Generator[None]:
+        """The model with the averaged weights, and with its own again afterwards."""
+        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -137,6 +174,7 @@ def fit(
     checkpoint_every_seconds: float,
     validation: Validation | None = None,
     before_step: Callable[[int], None] = lambda n: None,
+    ema: float = 0.0,
 ) -> Fitted:
     """Train `model` in place from its last checkpoint in `scratch`, or from step 0; write the curve as CSV.
 
@@ -144,9 +182,9 @@ def fit(
     column of the curve, and their sum weighted by `loss_weights` is minimised. `learning_rate(n)` is the multiple of
     each parameter group's own rate; a group with `start_step`, of parameters that all learn, has no gradient before
     that step. `before_step(n)` may change the model as a function of n, at every step. With `validation` the curve has
-    one more column, and the model ends with its best weights. FloatingPointError when loss or gradient is not finite,
-    naming the step and `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its
-    checkpoint is trusted.
+    one more column, and the model ends with its best weights. With `ema` above 0 an `Average` of that decay is what
+    validates, and what the model ends with. FloatingPointError when loss or gradient is not finite, naming the step
+    and `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = scratch / "checkpoint.pt"
@@ -156,15 +194,20 @@ def fit(
     best: dict[str, Any] = {"step": 0, "loss": None, "model": None, "worse": 0}
     window: list[dict[str, float]] = []  # loss, its terms and the gradient's norm, of the steps since the last row
     spent = 0.0  # seconds, on validation
+    average = Average(model, ema) if ema > 0 else None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, rows, window, best = state["step"], state["rows"], state["window"], state["best"]
+        if average is not None:
+            average.tensors = state["average"]
         log.info("resumed at step %d of %d", step, steps)
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if average is not None:
+            state["average"] = average.tensors
         buffer = io.BytesIO()
         torch.save({**state, "step": step, "rows": rows, "window": window, "best": best}, buffer)
         write_atomic(checkpoint, buffer.getvalue())
@@ -174,13 +217,14 @@ def fit(
         assert validation is not None
         began = time.monotonic()
         model.eval()
-        found = validation.loss()
+        with nullcontext() if average is None else average.inside(model):
+            found = validation.loss()
+            if best["loss"] is None or found < best["loss"]:
+                weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+                best = {"step": step, "loss": found, "model": weights, "worse": 0}
+            else:
+                best = {**best, "worse": best["worse"] + 1}
         model.train()
-        if best["loss"] is None or found < best["loss"]:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-            best = {"step": step, "loss": found, "model": weights, "worse": 0}
-        else:
-            best = {**best, "worse": best["worse"] + 1}
         spent += time.monotonic() - began
         return found
 
@@ -216,6 +260,8 @@ def fit(
             if gradient_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip, norm)
             optimizer.step()
+            if average is not None:
+                average.update(model, n)
             bar.update()
             validated = validate(n + 1) if validation and _due(n + 1, validation.every_steps, steps) else None
             if validated is not None or _due(n + 1, log_every_steps, steps):
@@ -237,6 +283,8 @@ def fit(
     bar.close()
     _let_learn(optimizer, math.inf)
     taken = time.monotonic() - started - spent
+    if average is not None:
+        model.load_state_dict(average.tensors)
     if best["model"] is not None:
         model.load_state_dict(best["model"])
         log.info("step %d has the lowest validation loss, %.4g, of %d steps", best["step"], best["loss"], step)

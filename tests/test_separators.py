@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import separators
-from pipeline.separators import resunet
+from pipeline.separators import bandsplit, resunet
 from tests.golden import fill
 
 QUERY_DIM = 6
 # The smallest sensible `model:` of each file; a new file needs a line here.
 TINY = {
+    "bandsplit": {
+        **{"n_fft": 128, "hop_length": 48, "bands": 4, "width": 8, "layers": 1, "frame_hidden": 16},
+        **{"recurrent_hidden": 8, "mask_hidden": 16},
+    },
     "resunet": {"n_fft": 128, "hop_length": 48, "channels": [4, 4, 4, 4, 4, 4]},
     "mae_resunet": {
         **{"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0},
@@ -64,7 +68,8 @@ def relative(estimate, reference):
 
 def test_an_unknown_separator_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"no separator 'resnet'; there are \['conv_tasnet', 'mae_resunet', 'performer', 'resunet'"
+        ValueError,
+        match=r"no separator 'resnet'; there are \['bandsplit', 'conv_tasnet', 'mae_resunet', 'performer', 'resunet'",
     ):
         separators.build("resnet", query_dim=1)
 
@@ -208,6 +213,41 @@ def test_bfloat16_autocast_is_close_to_float32(name):
 def test_a_query_of_another_batch_size_is_refused(name):
     with pytest.raises(TypeError, match="query"):
         tiny(name)(randn(2, 3000), randn(3, QUERY_DIM))
+
+
+# Band-split
+
+
+@pytest.mark.parametrize("gain", [2.0**-10, 8.0])
+def test_a_louder_mixture_gives_the_same_estimate_louder_to_the_bit(gain):
+    separator, mixture, query = tiny("bandsplit").eval(), randn(2, 3000), randn(2, QUERY_DIM)
+    assert torch.equal(separator(gain * mixture, query), gain * separator(mixture, query))
+
+
+def test_a_band_split_network_begins_with_about_half_of_the_mixture():
+    mixture = randn(2, 30 * 48)
+    estimate = tiny("bandsplit").eval()(mixture, randn(2, QUERY_DIM))
+    assert relative(estimate, mixture / 2) < 0.3  # white noise, of which a hundredth is at Nyquist
+
+
+@pytest.mark.parametrize("sizes", [{}, {"recurrent_hidden": 0}, {"layers": 2, "bands": 8, "n_fft": 256}])
+def test_every_bin_below_nyquist_is_in_one_band(sizes):
+    separator = bandsplit.Separator(query_dim=QUERY_DIM, **TINY["bandsplit"] | sizes)
+    assert sum(separator.widths) * separator.group == separator.n_fft // 2
+    assert separator(randn(1, 999), randn(1, QUERY_DIM)).shape == (1, 999)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bands": 6}, "bands 6 is not a positive multiple of 4"),
+        ({"bands": 32}, "n_fft 128 is not a multiple of 8 x 32 bands"),
+        ({"hop_length": 65}, "hop_length 65 is not between 1 and half of n_fft 128"),
+    ],
+)
+def test_bands_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        bandsplit.Separator(query_dim=2, **TINY["bandsplit"] | change)
 
 
 # ResUNet30

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.devices import autocast, choose_device, exact_float32, use_precision
-from pipeline.training import Fitted, Validation, build_optimizer, fit, learning_rate_factor, prefetch, write_curve
+from pipeline.training import (
+    Average,
+    Fitted,
+    Validation,
+    build_optimizer,
+    fit,
+    learning_rate_factor,
+    prefetch,
+    write_curve,
+)
 
 
 class Killed(Exception):
@@ -22,7 +31,7 @@ def load(n):
     return torch.randn(4, 3, generator=generator)
 
 
-def run(tmp_path, *, steps=8, kill_at=None, seed=0, load=load, name="run"):
+def run(tmp_path, *, steps=8, kill_at=None, seed=0, load=load, name="run", ema=0.0, each_step=lambda network: None):
     """Train a network with dropout; stop as if killed before step `kill_at`. Returns (network, rows of the curve)."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
@@ -31,6 +40,7 @@ def run(tmp_path, *, steps=8, kill_at=None, seed=0, load=load, name="run"):
         loss.calls += 1
         if loss.calls == kill_at:
             raise Killed
+        each_step(network)
         return (network(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
 
     loss.calls = 0
@@ -48,6 +58,7 @@ def run(tmp_path, *, steps=8, kill_at=None, seed=0, load=load, name="run"):
         curve=tmp_path / f"{name}.csv",
         log_every_steps=3,
         checkpoint_every_seconds=0.0,
+        ema=ema,
     )
     with (tmp_path / f"{name}.csv").open() as file:
         return network, list(csv.DictReader(file))
@@ -62,6 +73,52 @@ def test_a_killed_run_continues_to_the_same_weights_and_the_same_curve(tmp_path)
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert rows == resumed_rows
     assert [row["step"] for row in rows] == ["3", "6", "8"]
+
+
+def test_a_killed_run_continues_to_the_same_averaged_weights(tmp_path):
+    network, rows = run(tmp_path, name="whole", ema=0.7)
+    with pytest.raises(Killed):
+        run(tmp_path, name="killed", ema=0.7, kill_at=6)
+    resumed, resumed_rows = run(tmp_path, name="killed", ema=0.7)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert rows == resumed_rows
+
+
+def test_averaging_changes_no_step_and_ends_with_the_mean_that_the_decay_says(tmp_path):
+    plain, averaged = list[dict[str, torch.Tensor]](), list[dict[str, torch.Tensor]]()
+
+    def keep(states):
+        return lambda network: states.append({name: t.clone() for name, t in network.state_dict().items()})
+
+    last, rows = run(tmp_path, name="plain", each_step=keep(plain))
+    mean, averaged_rows = run(tmp_path, name="averaged", each_step=keep(averaged), ema=0.75)
+    assert rows == averaged_rows
+    assert all(torch.equal(one[name], two[name]) for one, two in zip(plain, averaged, strict=True) for name in one)
+    states = [*plain, last.state_dict()]
+    expected = states[0]["0.weight"]
+    for n, state in enumerate(states[1:]):
+        expected = expected + max(0.25, 9 / (10 + n)) * (state["0.weight"] - expected)
+    torch.testing.assert_close(mean.state_dict()["0.weight"], expected)
+    assert not torch.equal(mean.state_dict()["0.weight"], last.state_dict()["0.weight"])
+    assert mean.state_dict()["1.num_batches_tracked"] == 8
+    assert not torch.equal(mean.state_dict()["1.running_var"], last.state_dict()["1.running_var"])
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.5])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match=f"average of weights is {decay}, not between 0 and 1"):
+        Average(nn.Linear(1, 1), decay)
+
+
+def test_the_averaged_weights_are_in_the_model_as_long_as_it_validates():
+    network = nn.Linear(2, 2)
+    average, own = Average(network, 0.5), network.weight.detach().clone()
+    with torch.no_grad():
+        network.weight.add_(1)
+    with average.inside(network):
+        assert torch.equal(network.weight, own)
+    assert torch.equal(network.weight, own + 1)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
