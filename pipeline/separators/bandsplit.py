@@ -20,6 +20,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from pipeline.features import istft, stft
+from pipeline.separators import QuerySeparator
 
 BAND_GROUPS = (1, 2, 5, 8)  # widths of the four quarters of the bands, in units; the half without Nyquist is their sum
 SILENT_POWER = 1e-12  # mean square of a mixture that is not made louder any more: -120 dBFS
@@ -94,7 +95,7 @@ class Recurrence(nn.Module):
         return h.unflatten(0, by_band.shape[:2]).transpose(1, 2)
 
 
-class Separator(nn.Module):
+class Separator(QuerySeparator):
     """Bands, `layers` of the three parts above, masks.
 
     n_fft must be a multiple of 8 x `bands`, and these of 4: a quarter of the bands each has 1, 2, 5 and 8 units of
@@ -144,9 +145,13 @@ class Separator(nn.Module):
         self.mask2_bias = nn.ParameterList(torch.tensor(half).repeat(self.group, 1, 1) for half in halves)
 
     def forward(
-        self, mixture: Float[Tensor, "batch time"], query: Float[Tensor, "batch query_dim"]
-    ) -> Float[Tensor, "batch time"]:
-        """The part of each mixture that its query asks for."""
+        self,
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch query_dim"],
+        part: slice = slice(None),
+    ) -> Float[Tensor, "batch part"]:
+        """Separate the part of each mixture from what is in that part alone."""
+        mixture = mixture[:, part]
         length = mixture.shape[-1]
         if len(query) != len(mixture):
             raise TypeError(f"query has {len(query)} rows, mixture {len(mixture)}")
