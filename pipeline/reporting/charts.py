@@ -7,7 +7,7 @@ drawing serves as a file under reports/ and, light or dark, in the page.
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -216,6 +216,30 @@ def _length_line(axes: Axes, points: Sequence[Point], i: int, shift: float) -> N
 
 def _dash(i: int) -> Literal["-", "--", ":"]:
     return LINES[i // len(SERIES) % len(LINES)]
+
+
+def flatness_chart(gains: pd.DataFrame, named: Collection[str]) -> str:
+    """What each class gains against how flat its spectrum is; the classes in `named` are named.
+
+    `gains` as of `published.class_gains`: "gain" and "flatness" in dB, by name; rows that lack one are not drawn.
+    """
+    both = gains.dropna(subset=["gain", "flatness"])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        if both.empty:
+            _nothing(axes, "no gain or no flatness of a class is known")
+        else:
+            colours = [SERIES[1] if name in named else SERIES[0] for name in both.index]
+            axes.scatter(both["flatness"], both["gain"], s=18, c=colours, alpha=0.75, linewidths=0)
+            for name, row in both[both.index.isin(list(named))].iterrows():
+                at = (row["flatness"], row["gain"])
+                axes.annotate(plain(str(name)), at, xytext=(5, 3), textcoords="offset points", fontsize=8)
+            axes.axhline(0, color=MUTED, linewidth=0.9)
+            axes.margins(x=0.12, y=0.12)
+            axes.set_xlabel("spectral flatness of the class, dB: lines at the left, noise at the right")
+            axes.set_ylabel("gain in SDRi, dB")
+        return _svg(figure)
 
 
 def purity_chart(purity: Mapping[str, Float[np.ndarray, " anchors"]]) -> str:

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field
 
 from pipeline import ontology
 from pipeline.config import Params, load_params
-from pipeline.reporting import charts, encoder, music, page, sounds, tables
+from pipeline.reporting import charts, encoder, music, page, published, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
 from pipeline.reporting.inputs import (
     SPLITS,
@@ -267,6 +267,13 @@ def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
     ]
 
 
+def as_published(settings: Settings) -> str | None:
+    """The first model whose features, frozen, are joined as we read the paper; None where there is none."""
+    frozen = {"upstream": "mae", "freeze_mae": True, "mae_input": "pad1024", "fusion": "freq"}
+    models = {name: entry.get("model", {}) for name, entry in settings.separators.items()}
+    return next((name for name, model in models.items() if frozen.items() <= model.items()), None)
+
+
 def _encoder_size(size: Mapping[str, Any]) -> tables.Comparison:
     return tables.Comparison("A-MAE's encoder", f"{size.get('depth')} layers of {size.get('dim')}", "12 layers of 768")
 
@@ -402,8 +409,13 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     manifests = [places.clips / split / "manifest.csv" for split in SPLITS]
     trainings = [int(t["threads"]) for stage, t in timings.items() if stage.startswith("train_") and "threads" in t]
     found = provenance(places.root, places.params, manifests, trainings)
+    frozen = as_published(settings)
+    flatness = published.flatness_by_class(places.anchors / "eval")
+    gains = published.class_gains(summary.per_class, models[0], frozen, flatness)
+    checks = published.class_checks(gains)
     drawings = {
         "class_sdri": charts.class_chart(summary.per_class),
+        "gain_flatness": charts.flatness_chart(gains, published.figures()["classes"]["gain_most"]),
         "training": charts.training_chart(curves),
         "pretraining": charts.training_chart(read_curve(places.summaries / "pretrain_mae.csv", "A-MAE")),
         "purity": charts.purity_chart({s.split: s.purity for s in splits if s.purity is not None}),
@@ -431,7 +443,9 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     write_json(out / "metrics.json", metrics)
     write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
     bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
-    write_atomic(out / "table1.md", tables.table1_markdown(ours, differences, compared, [*bound, *warnings, *notes]))
+    paper = published.table_1_rows()
+    table_1 = tables.table1_markdown(ours, paper, differences, compared, [*bound, *warnings, *notes])
+    write_atomic(out / "table1.md", f"{table_1}\n{published.checks_markdown(checks)}")
     music_tables = music.report_tables(unsupervised, pretraining_music)
     if settings.mixit is not None:
         write_atomic(out / "mixit.md", music.markdown(unsupervised, music_tables, settings.music))
@@ -443,7 +457,11 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "models": models,
         "metrics": metrics,
         "rows": ours,
-        "paper_rows": tables.PAPER,
+        "paper_rows": paper,
+        "checks": checks,
+        "checks_are": published.CHECKS_ARE,
+        "checks_generated": published.GENERATED if settings.data.source == "synthetic" else "",
+        "gain_svg": Markup(charts.themed(drawings["gain_flatness"], "Gain of each class by its spectral flatness")),
         "differences": differences,
         "comparisons": compared,
         "columns": tables.COLUMNS,
