@@ -15,7 +15,7 @@ from scipy.io import wavfile
 from pipeline.reporting import charts, music
 from pipeline.reporting.gates import Bound, evaluate_gates
 from pipeline.reporting.inputs import read_timings
-from pipeline.reporting.tables import DASH, MINUS
+from pipeline.reporting.tables import DASH, ISOLATED, MINUS
 from pipeline.stages.report import MAX_PAGE_BYTES, Settings, report
 from tests.test_report import PARAMS, RATE, make_run, make_scores, write_model
 
@@ -39,6 +39,7 @@ ENTRIES = {
     "sounds_2": {**ENTRY, "data": "anchors", "segment_seconds": [2.0]},
     "never": {**ENTRY, "segment_seconds": [7.0]},
 }
+MUSIC = f"music, {ISOLATED}"
 FILES = {"mixit.md", "mixit_length.svg", "mixit_training.svg", "mixit_pretraining.svg"}
 
 
@@ -207,7 +208,7 @@ def test_an_entry_that_ran_out_of_memory_has_that_and_no_scores(run):
     assert metrics["mixit.tasnet_30.out_of_memory"] == 1
     assert own == {"out_of_memory", "n_parameters", "n_sources", "steps", "sample_rate"}
     row = row_of((run / "mixit.md").read_text(), "Table 1", "tasnet_30")
-    assert row[1:6] == ["conv_tasnet", "music", "30 s", "MixIT alone", "9,100,000"]
+    assert row[1:6] == ["conv_tasnet", MUSIC, "30 s", "MixIT alone", "9,100,000"]
     assert row[6:] == ["out of memory", DASH, DASH, "out of memory"]  # the last is the source report's
 
 
@@ -258,7 +259,7 @@ def test_table_1_holds_every_length_of_both_and_what_doing_nothing_scores(run):
         DASH,
     ]
     nothing = [row for row in rows if row[0] == "doing nothing"]
-    assert [row[2:4] for row in nothing] == [["music", "3 s"], ["music", "10 s"], ["anchors", "2 s"]]
+    assert [row[2:4] for row in nothing] == [[MUSIC, "3 s"], [MUSIC, "10 s"], [f"anchors, {ISOLATED}", "2 s"]]
     assert nothing[0][6:9] == ["2.98 [2.48, 3.48]", f"{MINUS}0.03 [{MINUS}0.53, 0.47]", "0.00"]
     assert row_of(text, "Table 1", "never")[6] == "not evaluated"
     assert "conv_tasnet 9,100,000; performer 4,321,000 parameters" in text
@@ -276,12 +277,12 @@ def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
 def test_every_table_but_that_of_time_has_rows_that_do_nothing(run):
     text = (run / "mixit.md").read_text()
     si_snr = f"{MINUS}0.03 [{MINUS}0.53, 0.47]"
-    row = row_of(text, "Table 3", "doing nothing", "music", "3 s")
+    row = row_of(text, "Table 3", "doing nothing", MUSIC, "3 s")
     assert row[3:] == [DASH, "2.98 [2.48, 3.48]", si_snr, "0.00", "0.00", DASH]
     for title, length in (("Table 4", "3 s"), ("Table 5", "10 s")):
-        row = row_of(text, title, "doing nothing", "equal shares", "music", length)
-        assert row[4:] == [DASH, si_snr, "1.00", "8.00", "8.00", "0.00", DASH]
-    row = row_of(text, "What the source report", "doing nothing", "equal shares", "music", "3 s")
+        row = row_of(text, title, "doing nothing", "equal shares", MUSIC, length)
+        assert row[4:] == [DASH, si_snr, "1.00", "8.00", "8.00", "0.00", *[DASH] * 3]
+    row = row_of(text, "What the source report", "doing nothing", "equal shares", MUSIC, "3 s")
     assert row[4:] == [DASH, "0.00", *[DASH] * 5]
     lengths = [row[3] for row in rows_of(text, "What the source report")]
     assert lengths == sorted(lengths, key=lambda text: float(text.removesuffix(" s")))
@@ -292,7 +293,7 @@ def test_an_entry_of_several_lengths_is_held_against_no_figure(tmp_path):
     single = summary_of("performer_10", trained_seconds=[10.0])
     entries = entries_of(tmp_path, {"performer_3": several, "performer_10": single})
     assert [(e.seconds, e.segment) for e in entries[:2]] == [(None, "3 and 10 s, tested at 10 s"), (10.0, "10 s")]
-    for table, figure in zip(music.report_tables(entries, {})[:3], (DASH, "3.52", "3.87"), strict=True):
+    for table, figure in zip(music.report_tables(entries, {})[:3], (DASH, "3.52", "6.29"), strict=True):
         found = {str(line.cells[0]): str(line.cells[-1]) for line in table.lines if line.kind == "ours"}
         assert (found["performer_3"], found["performer_10"]) == (DASH, figure)
 
@@ -310,19 +311,79 @@ def test_an_entry_tested_at_several_lengths_has_a_row_for_each_and_a_place_in_th
     assert music.length_drawing([longest, shorter]) != music.length_drawing([longest])
 
 
-def test_the_source_reports_figures_stand_where_they_belong_and_nowhere_else(run):
+ITS_DATA = "MoisesDB, from isolated sources"
+FIGURES = {  # of every table, row by row: what stands before the figures, and they
+    "Table 1": {
+        ("performer", "3 s"): ["1.66"],
+        ("performer", "5 s"): ["2.00"],
+        ("performer", "10 s"): ["2.33"],
+        ("performer", "30 s"): ["3.52"],
+        ("conv_tasnet", "3 s"): [f"{MINUS}9.11"],
+        ("conv_tasnet", "5 s"): [f"{MINUS}8.52"],
+        ("conv_tasnet", "10 s"): [f"{MINUS}9.73"],
+        ("conv_tasnet", "30 s"): ["out of memory"],
+    },
+    "Table 2": {
+        ("performer", "3 s"): ["12.57"],
+        ("performer", "5 s"): ["16.04"],
+        ("performer", "10 s"): ["35.42"],
+        ("performer", "30 s"): ["46.33"],
+        ("conv_tasnet", "3 s"): ["17.05"],
+        ("conv_tasnet", "5 s"): ["20.33"],
+        ("conv_tasnet", "10 s"): ["43.25"],
+        ("conv_tasnet", "30 s"): ["out of memory"],
+    },
+    "Table 3": {
+        ("3 s", "yes"): ["1.66"],
+        ("5 s", "yes"): ["2.00"],
+        ("10 s", "yes"): ["2.33"],
+        ("30 s", "yes"): ["3.52"],
+        ("3 s", "no"): ["2.60"],
+        ("5 s", "no"): ["3.16"],
+        ("10 s", "no"): ["3.52"],
+        ("30 s", "no"): ["out of memory"],
+    },
+    "Table 4": {
+        ("performer", "3 s"): ["2.60", "0.59", "6.36"],
+        ("performer", "5 s"): ["3.16", "0.61", "5.93"],
+        ("performer", "10 s"): ["3.87", "0.52", "6.29"],
+    },
+    "Table 5": {
+        ("performer", "3 s"): ["2.56", "0.49", "5.60"],
+        ("performer", "5 s"): ["3.32", "0.35", "4.48"],
+        ("performer", "10 s"): ["2.26", "0.44", "5.45"],
+    },
+}
+
+
+@pytest.mark.parametrize("title", FIGURES)
+def test_every_figure_of_the_source_report_stands_in_its_row(title):
+    """Without an entry of ours, all rows of a table are its own."""
+    tables = [*music.report_tables([], {}), music.cost_table([])]
+    (table,) = [table for table in tables if table.title.startswith(title)]
+    found = {}
+    for line in table.lines:
+        cells = [str(cell) for cell in line.cells]
+        assert (line.kind, cells[0], len(cells)) == ("report", "(not run here)", len(table.columns))
+        assert ITS_DATA in cells[1:3]
+        assert (cells[4] == "diversity 0.1, sparsity 0.1") == (title == "Table 5")
+        words = tuple(cell for cell in cells[1 : table.n_text] if cell not in (ITS_DATA, "pretrained", "MixIT alone"))
+        n_figures = 3 if title in ("Table 4", "Table 5") else 1
+        found[words[:2]] = cells[-n_figures:]
+        assert all(cell == DASH for cell in cells[table.n_text : -n_figures])
+    assert found == FIGURES[title]
+
+
+def test_a_figure_stands_beside_the_entry_that_is_alike_and_nowhere_else(run):
     text = (run / "mixit.md").read_text()
-    figures = [row[-1] for row in rows_of(text, "Table 1") if row[-1] != DASH]
-    assert sorted(figures) == sorted(["3.52", "out of memory", f"{MINUS}9.11"])
-    assert row_of(text, "Table 1", "(not run here)", "performer", DASH, "30 s")[-1] == "3.52"
-    assert row_of(text, "Table 1", "(not run here)", "conv_tasnet", DASH, DASH)[-1] == f"{MINUS}9.11"
+    assert row_of(text, "Table 1", "pretrained_3")[-1] == "1.66"
+    assert row_of(text, "Table 1", "performer_3")[-1] == DASH  # the source report's was pretrained
+    assert row_of(text, "Table 1", "tasnet_3 (not above doing nothing)")[-1] == f"{MINUS}9.11"
+    assert row_of(text, "Table 1", "auxiliary_10")[-1] == DASH
     assert row_of(text, "Table 3", "performer_3")[-1] == "2.60"
-    assert row_of(text, "Table 3", "pretrained_3")[-1] == DASH
-    assert row_of(text, "Table 3", "performer_10 (likely spurious optimum)")[-1] == "3.52"
-    assert row_of(text, "Table 3", "(not run here)", DASH, "5 s", "no")[-1] == "3.16"
-    assert row_of(text, "Table 3", "(not run here)", DASH, "30 s", "no")[-1] == "did not train"
-    assert row_of(text, "Table 4", "performer_10 (likely spurious optimum)")[-1] == "3.87"
-    assert row_of(text, "Table 4", "tasnet_3 (not above doing nothing)")[-1] == DASH
+    assert row_of(text, "Table 3", "pretrained_3")[-1] == "1.66"
+    assert row_of(text, "Table 4", "performer_10 (likely spurious optimum)")[-3:] == ["3.87", "0.52", "6.29"]
+    assert row_of(text, "Table 4", "tasnet_3 (not above doing nothing)")[-3:] == [DASH] * 3
     assert row_of(text, "Table 5", "auxiliary_10")[4:] == [
         "diversity 0.1, sparsity 0.1 (l1l2)",
         "5.00 [4.50, 5.50]",
@@ -330,11 +391,21 @@ def test_the_source_reports_figures_stand_where_they_belong_and_nowhere_else(run
         "2.49 [1.99, 2.99]",
         "2.10 [1.60, 2.60]",
         "4.25 [3.75, 4.75]",
-        "2.26",
+        *["2.26", "0.44", "5.45"],
     ]
     assert not [row for row in rows_of(text, "Table 5") if row[0] in ENTRIES and row[0] != "auxiliary_10"]
     for title in ("Table 1", "Table 3", "Table 4"):
         assert all(row[-1] == DASH for row in rows_of(text, title) if row[0] == "sounds_2")  # it is no music
+
+
+def test_every_table_says_that_the_mixtures_are_sums_of_isolated_sources(run):
+    text, page = (run / "mixit.md").read_text(), (run / "report.html").read_text()
+    for title in ("Table 1", "Table 3", "Table 4", "Table 5", "What the source report"):
+        rows = rows_of(text, title)
+        assert rows
+        assert all(any(cell.endswith("from isolated sources") for cell in row) for row in rows), title
+    assert "from isolated sources" in page[page.index("Table 2: time") : page.index("Table 3: the Performer")]
+    assert "sounds_2 (MixIT from isolated sources, best assignment)" in (run / "table1.md").read_text()
 
 
 def test_the_stems_are_reported_and_what_is_undefined_is_a_dash(run):
@@ -353,17 +424,17 @@ def test_time_and_memory_are_in_the_page_alone(run):
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
     ]
     by_name = {(row[0].split(" <")[0], row[1], row[3]): row for row in rows}
-    assert by_name["tasnet_3", "conv_tasnet", "3 s"][-1] == "17"
+    assert by_name["tasnet_3", "conv_tasnet", "3 s"][-1] == "17.05"
     assert by_name["tasnet_30", "conv_tasnet", "30 s"][4] == "out of memory"
     assert by_name["tasnet_30", "conv_tasnet", "30 s"][-1] == "out of memory"
-    assert by_name["performer_10", "performer", "10 s"][-1] == "35"
-    assert by_name["(not run here)", "performer", "30 s"][-1] == "46"
-    assert by_name["(not run here)", "performer", "5 s"][-1] == DASH
+    assert by_name["performer_10", "performer", "10 s"][-1] == "35.42"
+    assert by_name["(not run here)", "performer", "30 s"][-1] == "46.33"
+    assert by_name["(not run here)", "performer", "5 s"][-1] == "16.04"
 
 
 def test_entries_scored_on_the_pairs_have_rows_in_table_1_that_say_what_they_are(run):
     table, shown = (run / "table1.md").read_text(), (run / "report.html").read_text()
-    label = "sounds_2 (unsupervised, best assignment)"
+    label = "sounds_2 (MixIT from isolated sources, best assignment)"
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {label}")]
     assert line.startswith(f"| {label} | {DASH} | 6.66 [6.16, 7.16] | {DASH} | 6.66 [6.16, 7.16] | 5.55 [5.05, 6.05] |")
     assert line.endswith("| 1,234 | 3 |")
@@ -431,7 +502,7 @@ def test_a_pretraining_that_ran_out_of_memory_is_told_as_that(tmp_path):
     )
     report(places, tmp_path / "reports", settings)
     text, shown = ((tmp_path / "reports" / name).read_text() for name in ("mixit.md", "report.html"))
-    assert row_of(text, "Table 3", "pretrained_3")[4:] == ["out of memory in pretraining", *[DASH] * 4]
+    assert row_of(text, "Table 3", "pretrained_3")[4:] == ["out of memory in pretraining", *[DASH] * 3, "1.66"]
     assert f"- {music.PRETRAINING_RAN_OUT}\n" in text
     assert "here, by what it fills in" not in text
     assert shown.count(music.PRETRAINING_RAN_OUT) == 2  # below Table 3, and in place of the curve
