@@ -608,6 +608,7 @@ def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, mo
     main()
     written = {path.name for path in (workspace / "reports").glob("*.*")}
     assert written == {
+        "headline.json",
         "metrics.json",
         "per_class.csv",
         "table1.md",

@@ -1,8 +1,9 @@
 """Stage report: the numbers of the run, and one page to look at and listen to.
 
-metrics.json (flat, for `dvc metrics` and the gates), per_class.csv, table1.md, four drawings, provenance.json and
-report.html, which needs no other file and no network; where params.yaml has separators without queries
-(`mixit_music:`, `mixit_anchors:`), also mixit.md and three drawings of them. All are made from one set of numbers.
+metrics.json (flat, for the gates), headline.json (a few of them, for `dvc metrics`), per_class.csv, table1.md, drawings,
+provenance.json and report.html, which needs no other file and no network; where params.yaml has separators without
+queries (`mixit_music:`, `mixit_anchors:`), also mixit.md and three drawings of them. All are made from one set of
+numbers.
 The same inputs give the same bytes; only what names the run (provenance.json, and timings in report.html) may differ.
 """
 
@@ -24,6 +25,7 @@ from pipeline import ontology
 from pipeline.config import Params, load_params
 from pipeline.reporting import charts, encoder, music, page, published, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
+from pipeline.reporting.headline import headline, improved_shares
 from pipeline.reporting.inputs import (
     SPLITS,
     SplitData,
@@ -387,7 +389,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         read_split(split, manifest=places.manifest, clips=places.clips, anchors=places.anchors, pairs=places.pairs)
         for split in SPLITS
     ]
-    metrics = summary.metrics
+    metrics = summary.metrics | improved_shares(scores)
     for split in splits:
         metrics |= split.metrics()
     configs = encoder.read_configs(places.separators, models)
@@ -440,7 +442,10 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     compared = comparisons(settings, n_classes, int(metrics["mixture.n_pairs"]))
 
     out.mkdir(parents=True, exist_ok=True)
+    gates = evaluate_gates(metrics, settings.bounds)
     write_json(out / "metrics.json", metrics)
+    short = headline(metrics, models, [entry.name for entry in unsupervised], sum(not gate.passed for gate in gates))
+    write_json(out / "headline.json", short)
     write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
     bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
     paper = published.table_1_rows()
@@ -466,7 +471,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "comparisons": compared,
         "columns": tables.COLUMNS,
         "one_training": tables.ONE_TRAINING,
-        "gates": evaluate_gates(metrics, settings.bounds),
+        "gates": gates,
         "notes": notes,
         "n_resamples": settings.report.bootstrap_resamples,
         "examples": [],

@@ -1,0 +1,44 @@
+"""headline.json: the few numbers of a run that `dvc metrics` shows and compares; all others are in metrics.json."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from pipeline.reporting.tables import AVERAGE
+
+IMPROVED_DB = 3.0  # what half of the mixture gains at 0 dB without separating anything
+SHARE = "share_improved_3_db"
+
+
+def improved_shares(scores: pd.DataFrame) -> dict[str, float]:
+    """<model>.<query>.share_improved_3_db: of a model's pairs with a defined SDRi, the share that gains more than 3 dB.
+
+    `scores` as of `scores.read_scores`; a model without a defined pair has no key.
+    """
+    defined = scores.dropna(subset=["sdri"])
+    groups = defined.groupby(["model", "query"])["sdri"]
+    shares = {f"{key[0]}.{key[1]}.{SHARE}": (values > IMPROVED_DB).mean() for key, values in groups}
+    return {key: round(float(share), 6) for key, share in shares.items()}
+
+
+def headline(
+    metrics: Mapping[str, int | float], models: Sequence[str], mixit: Sequence[str], n_failed_gates: int
+) -> dict[str, int | float]:
+    """The headline numbers by short keys; those that a run lacks are left out.
+
+    <model>.sdri, .si_sdri (dB, average query, mean over classes of the class means), .improved_3_db (share of pairs);
+    half.sdri; <entry of mixit>.stem_si_snri (dB); the A-MAE's gain in its probe; counts.
+    """
+    wanted = {
+        "n_pairs": "mixture.n_pairs",
+        "n_classes": "mixture.n_classes",
+        "half.sdri": "half_mixture.sdri_class_mean_mean",
+        "pretrain_mae.probe_gain_map": "pretrain_mae.probe_difference_map",
+    }
+    for model in models:
+        ours = f"{model}.{AVERAGE}."
+        wanted |= {f"{model}.{metric}": f"{ours}{metric}_class_mean_mean" for metric in ("sdri", "si_sdri")}
+        wanted[f"{model}.improved_3_db"] = ours + SHARE
+    wanted |= {f"{entry}.stem_si_snri": f"mixit.{entry}.stem_si_snri" for entry in mixit}
+    found = {short: metrics[key] for short, key in wanted.items() if key in metrics}
+    return {"gates_failed": n_failed_gates, **found}
