@@ -1,9 +1,9 @@
 """Stage report: the numbers of the run, and one page to look at and listen to.
 
-metrics.json (flat, for the gates), headline.json (a few of them, for `dvc metrics`), per_class.csv, table1.md, drawings,
-provenance.json and report.html, which needs no other file and no network; where params.yaml has separators without
-queries (`mixit_music:`, `mixit_anchors:`), also mixit.md and three drawings of them. All are made from one set of
-numbers.
+metrics.json (flat, for the gates), headline.json (a few of them, for `dvc metrics`), per_class.csv, table1.md,
+drawings, provenance.json and report.html, which needs no other file and no network; where params.yaml has separators
+without queries (`mixit_music:`, `mixit_anchors:`), also mixit.md and three drawings of them. All are made from one set
+of numbers.
 The same inputs give the same bytes; only what names the run (provenance.json, and timings in report.html) may differ.
 """
 
