@@ -4,6 +4,9 @@
     python -m pipeline.seeds --collect               # only write reports/seeds/seeds.json and .md
     python -m pipeline.seeds --runs runs/0 runs/1    # collect from folders named by their seed: <model>/scores.parquet
     ... --equivalent upstream_random upstream_none   # and say whether two models agree within noise
+    python -m pipeline.seeds --again reports/seeds   # make the table again from the scores that lie beside it
+
+Beside the table lie the scores that it is made of and the params of their runs: scores.parquet and params.yaml.
 
 Each seed is an experiment, seed-N, with `train.seed` alone changed: the separators are trained anew, while detector,
 encoders and evaluation pairs stay. The workspace's own scores are the run of params.yaml's seed.
@@ -42,6 +45,7 @@ from pydantic import ConfigDict, Field
 from pipeline.ablations import Ablation, check_same_but, finished, params_of, run
 from pipeline.config import Params, load_params
 from pipeline.reporting.encoder import BASELINE
+from pipeline.reporting.kept import PARAMS, keep, read_kept
 from pipeline.reporting.scores import TOLERANCE_DB, read_scores
 from pipeline.reporting.statistics import AGGREGATES, cluster_bootstrap, finite_mean, interval
 from pipeline.reporting.tables import AVERAGE, MINUS, db
@@ -465,6 +469,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
+def table_again(folder: Path) -> dict[str, Any]:
+    """What `summarise` makes of the scores and params that lie in a table's folder, and of nothing else."""
+    runs, equivalent = read_kept(folder)
+    bootstrap = load_params("report", BootstrapParams, folder / PARAMS)
+    return summarise(
+        runs, n_resamples=bootstrap.bootstrap_resamples, seed=bootstrap.bootstrap_seed, equivalent=equivalent
+    )
+
+
 def write(summary: Mapping[str, Any], out: Path) -> None:
     """Write seeds.json and seeds.md; their bytes depend on the runs and the bootstrap's settings alone."""
     write_json(out / "seeds.json", summary)
@@ -479,24 +492,27 @@ def main() -> None:
     what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="run those that are missing, and collect")
     what.add_argument("--collect", action="store_true", help="only write the tables")
     what.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="collect from these, each named by its seed")
+    what.add_argument("--again", type=Path, metavar="DIR", help="make DIR's table from the scores and params in it")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="of --runs, to lie beside the table (%(default)s)"
+    )
     parser.add_argument("--scores", type=Path, default=Path("data/scores"), help="of the workspace and experiments")
     parser.add_argument("--out", type=Path, default=Path("reports/seeds"))
     parser.add_argument(
         "--equivalent", nargs=2, action="append", metavar=("A", "B"), default=[], help="may be given more than once"
     )
     args = parser.parse_args()
-    bootstrap = load_params("report", BootstrapParams)
+    out = args.again or args.out
     if args.seeds:
         own = load_params("train", SeedParams).seed
         seeds = [seed for seed in dict.fromkeys(args.seeds) if seed != own]
         run([_training(seed) for seed in seeds])
-    summary = summarise(
-        from_folders(args.runs) if args.runs else from_experiments(args.scores),
-        n_resamples=bootstrap.bootstrap_resamples,
-        seed=bootstrap.bootstrap_seed,
-        equivalent=[(a, b) for a, b in args.equivalent],
-    )
-    write(summary, args.out)
+    if not args.again:
+        collected = from_folders(args.runs) if args.runs else from_experiments(args.scores)
+        check_same_pairs(collected)
+        keep(collected, out, args.params, [(a, b) for a, b in args.equivalent])
+    summary = table_again(out)
+    write(summary, out)
     for row in summary["models"] + summary["differences"]:
         log.info("%s: %s", row.get("model") or _minus(row), _cells(row, signed="a" in row)[2])
     for row in summary["equivalent"]:

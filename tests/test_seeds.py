@@ -1,6 +1,7 @@
 """Table I over seeds: against loops that do the same one draw at a time, its coverage, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from pipeline import seeds
+from pipeline.reporting.kept import keep
 from pipeline.reporting.tables import DASH, MINUS
 from pipeline.seeds import COVERAGE, STATISTICS, Comparison, Curve, from_folders, markdown, over_seeds, summarise, write
 
@@ -280,6 +282,68 @@ def test_the_command_writes_a_table_with_every_number(tmp_path, monkeypatch):
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.count("|") in (6, 8, 5), line
+
+
+def test_the_table_is_made_again_from_what_lies_beside_it_alone(tmp_path, monkeypatch):
+    folders = save(make_runs(), tmp_path / "runs")
+    (tmp_path / "of_the_runs.yaml").write_text("report: {bootstrap_resamples: 40, bootstrap_seed: 2}\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["seeds", "--runs", *map(str, folders), "--out", "kept", "--params", "of_the_runs.yaml"]
+    monkeypatch.setattr(sys, "argv", [*command, "--equivalent", "mae", "resunet"])
+    seeds.main()
+    first = {path.name: path.read_bytes() for path in Path("kept").iterdir()}
+    assert sorted(first) == ["params.yaml", "scores.parquet", "seeds.json", "seeds.md"]
+    assert first["params.yaml"] == (tmp_path / "of_the_runs.yaml").read_bytes()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("scores.parquet", "params.yaml"):
+        (elsewhere / name).write_bytes(first[name])
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "of_the_runs.yaml").unlink()
+    monkeypatch.setattr(sys, "argv", ["seeds", "--again", str(elsewhere)])
+    seeds.main()
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == first
+    assert "## Equivalence" in first["seeds.md"].decode()
+
+    table = pd.read_parquet(elsewhere / "scores.parquet")
+    runs = make_runs()
+    assert len(table) == sum(len(scores) for models in runs.values() for scores in models.values())
+    one = table[(table["seed"] == 2) & (table["model"] == "mae")]
+    np.testing.assert_allclose(one["sdri"], runs[2]["mae"]["sdri"], rtol=0, atol=1e-5)
+
+
+def test_a_table_without_its_scores_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["seeds", "--again", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"has no scores\.parquet: its table was made without"):
+        seeds.main()
+    make_scores().to_parquet(tmp_path / "scores.parquet")
+    (tmp_path / "params.yaml").write_text("report: {bootstrap_resamples: 40, bootstrap_seed: 2}\n")
+    with pytest.raises(ValueError, match="is not the scores of a table over seeds"):
+        seeds.main()
+
+
+def test_the_scores_of_a_large_table_are_small(tmp_path):
+    """Ten classes of 100 pairs, nine models, three seeds, as on ESC-10."""
+    one = make_scores()
+    large = pd.concat([one.assign(pair=one["pair"] + len(one) * i) for i in range(28)], ignore_index=True)
+    rng = np.random.default_rng(0)
+    runs = {s: {f"m{i}": large.assign(sdri=rng.normal(5, 3, len(large))) for i in range(9)} for s in range(3)}
+    (tmp_path / "params.yaml").write_text("report: {}\n")
+    keep(runs, tmp_path, tmp_path / "params.yaml", [])
+    assert (tmp_path / "scores.parquet").stat().st_size < 2_000_000
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "reports").rglob("seeds*.md")), ids=lambda p: p.name)
+def test_a_committed_table_has_its_scores_or_is_said_to_lack_them(table):
+    if (table.parent / "scores.parquet").is_file():
+        summary = seeds.table_again(table.parent)
+        assert markdown(summary) == table.read_text(), "python -m pipeline.seeds --again makes it anew"
+    else:
+        assert "**No scores were kept**" in (table.parent / "README.md").read_text()
 
 
 STAGE = """\
