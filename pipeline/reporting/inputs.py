@@ -19,6 +19,7 @@ STAGES = (
     "pretrain_mae",
     "mine_anchors",
     "make_eval_pairs",
+    "upstream",
     "train_separator",
     "evaluate",
     "probe",
