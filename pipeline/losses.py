@@ -109,7 +109,7 @@ def spectral_loss(
 
 
 def mrstft_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
-    """Mean magnitude of the spectra of the difference, windows of 512, 1,024 and 2,048 samples; 0.9 of the RMS of noise."""
+    """Mean magnitude of the spectra of the difference in windows of 512, 1,024 and 2,048 samples, in units of noise."""
     spectra = [_spectrum(estimate - target, n_fft) for n_fft in (512, 1024, 2048)]
     return torch.stack([spectrum.abs().mean(dim=(1, 2)) for spectrum in spectra]).mean(dim=0)
 
