@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
-from pipeline import anchors, ontology, shards
+from pipeline import anchors, ontology, panns, shards
 from pipeline.datasets import recording_of
 
 SAMPLE_RATE = 32000
@@ -46,6 +47,16 @@ def write_clips(directory: Path, n_per_class: int, *, seconds: float = 4.0, seed
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["clip_id"]))
     shards.write_index(directory)
+    return directory
+
+
+def write_sed(directory: Path, query_dim: int = 4) -> Path:
+    """Detector and query encoder, with random weights, as stage sed writes them."""
+    torch.manual_seed(0)
+    indices = [ontology.class_of(mid).index for mid in MIDS]
+    for part in ("detector", "query"):
+        network = panns.SmallCnn(class_indices=indices, channels=[4, 4], embedding_dim=query_dim)
+        panns.save(network, directory / part)
     return directory
 
 

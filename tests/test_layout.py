@@ -23,8 +23,8 @@ LAYERS = [
     {"panns", "shards", "parts", "stem_mp4", "fbank", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music", "anchors"},
     {"sampling", "separators", "probing", "cost", "reporting"},
-    {"pretraining", "moms", "mixit_scores"},
-    {"mixit"},
+    {"pretraining", "moms", "mixit_scores", "portable"},
+    {"mixit", "separate"},
     {"stages", "gate", "ablations", "unpack", "repro"},
     {"seeds"},
 ]

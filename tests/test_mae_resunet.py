@@ -19,7 +19,7 @@ from pipeline.separators.mae_resunet import Settings
 from pipeline.stages.train_separator import Batches, Plan, TrainParams, train_separator
 from pipeline.training import build_optimizer
 from pipeline.upstreams.mae import MaskedAutoencoder
-from tests.corpora import write_anchors
+from tests.corpora import write_anchors, write_sed
 
 UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 8, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0}
 SETTINGS = {
@@ -404,7 +404,8 @@ def plan(pretrained, **changes):
 
 def run(anchors, out, plan, **changes):
     params = PARAMS.model_copy(update=changes)
-    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
+    sed = write_sed(anchors.parent / "sed")
+    return train_separator("tiny", anchors, sed, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
 
 
 def test_what_is_written_is_whole(anchors, pretrained, tmp_path):

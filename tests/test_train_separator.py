@@ -18,7 +18,7 @@ from pipeline.mixing import PairsParams
 from pipeline.separators import build
 from pipeline.separators.resunet import dropped_shapes, published_name
 from pipeline.stages.train_separator import Batches, Plan, TrainParams, main, train_separator
-from tests.corpora import write_anchors
+from tests.corpora import write_anchors, write_sed
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"n_fft": 256, "hop_length": 64, "channels": [4, 4, 4, 4, 4, 4]}
@@ -50,7 +50,14 @@ def anchors(tmp_path_factory):
 
 def run(anchors, out, plan=PLAN, **changes):
     params = PARAMS.model_copy(update=changes)
-    return train_separator("tiny", anchors, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
+    sed = write_sed(anchors.parent / "sed")
+    return train_separator("tiny", anchors, sed, out, out.with_suffix(".csv"), plan=plan, params=params, pairs=PAIRS)
+
+
+def trained(root):
+    """The folder of a separator after a short training."""
+    run(write_anchors(root / "anchors" / "train", 4), root / "separator")
+    return root / "separator"
 
 
 def test_training_lowers_the_loss_and_writes_what_evaluation_needs(anchors, tmp_path):
@@ -152,7 +159,7 @@ def start(anchors, directory):
     (directory / "params.yaml").write_text(PARAMS_YAML)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(directory)}
     command = [sys.executable, "-m", "pipeline.stages.train_separator", "tiny", "--anchors", str(anchors)]
-    command += ["--out", "out", "--curve", "curve.csv"]
+    command += ["--sed", str(write_sed(anchors.parent / "sed")), "--out", "out", "--curve", "curve.csv"]
     return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -193,7 +200,18 @@ def test_killed_and_run_again_it_gives_the_same_bytes(anchors, tmp_path):
 )
 def test_a_wrong_param_stops_it_with_its_dotted_name(anchors, workspace, monkeypatch, right, wrong, message):
     Path("params.yaml").write_text(PARAMS_YAML.replace(right, wrong))
-    command = ["train_separator", "tiny", "--anchors", str(anchors), "--out", "out", "--curve", "curve.csv"]
+    command = [
+        "train_separator",
+        "tiny",
+        "--anchors",
+        str(anchors),
+        "--sed",
+        str(write_sed(anchors.parent / "sed")),
+        "--out",
+        "out",
+        "--curve",
+        "curve.csv",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match=re.escape(message)):
         main()

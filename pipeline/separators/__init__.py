@@ -59,6 +59,13 @@ class QuerySeparator(nn.Module):
     was computed before. It overrides the rest where it has something to say.
     """
 
+    hop_length: int  # samples between its STFT's frames
+
+    @property
+    def grid_samples(self) -> int:
+        """Samples between places where a mixture may be cut without another alignment of what the network pools."""
+        return int(self.hop_length)
+
     def shared(self, mixture: Float[Tensor, "batch time"]) -> dict[str, Tensor]:
         """Compute what no query changes, (batch, ...) by `forward`'s argument names, once for several queries."""
         return {}

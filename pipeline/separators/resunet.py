@@ -198,6 +198,11 @@ class Separator(QuerySeparator):
         assert self.unet.leave.bias is not None
         nn.init.constant_(self.unet.leave.bias[1], phase_bias)
 
+    @property
+    def grid_samples(self) -> int:
+        """32 frames: the U-Net halves them five times."""
+        return FRAMES_MULTIPLE * self.hop_length
+
     def forward(
         self,
         mixture: Float[Tensor, "batch time"],

@@ -37,6 +37,7 @@ from pipeline.devices import Precision, autocast, choose_device, use_available_c
 from pipeline.losses import SEPARATION
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
+from pipeline.portable import equip
 from pipeline.runtime import (
     fingerprint,
     keep_freed_memory,
@@ -240,7 +241,7 @@ def _check_sizes(name: str, sizes: Mapping[str, Any], plan: Plan, query_dim: int
 
 
 def train_separator(
-    name: str, anchors: Path, out: Path, curve: Path, *, plan: Plan, params: TrainParams, pairs: PairsParams
+    name: str, anchors: Path, sed: Path, out: Path, curve: Path, *, plan: Plan, params: TrainParams, pairs: PairsParams
 ) -> dict[str, Any]:
     """Train (or convert) one separator into `out`: weights.safetensors and config.json. Returns the config."""
     keep_freed_memory()
@@ -285,6 +286,7 @@ def train_separator(
     finished = scratch / "finished"
     finished.mkdir(parents=True, exist_ok=True)
     write_atomic(finished / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
+    config |= equip(finished, model, anchors, sed)
     write_json(finished / "config.json", config)
     publish(finished, out)
     shutil.rmtree(scratch)  # `dvc repro --force` must train again
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--section", choices=["separators", "mae_separators"], default="separators")
     parser.add_argument("--pretrained", type=Path, help="for mae_separators: where stage pretrain_mae wrote")
     parser.add_argument("--anchors", type=Path, required=True)
+    parser.add_argument("--sed", type=Path, required=True, help="detector and query encoder, for use elsewhere")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
@@ -306,7 +309,9 @@ def main() -> None:
     pairs = load_params("pairs", PairsParams)
     found = plan(args.name, args.section, args.pretrained)
     with running(f"train_separator@{args.name}", args.out) as told:
-        config = train_separator(args.name, args.anchors, args.out, args.curve, plan=found, params=params, pairs=pairs)
+        config = train_separator(
+            args.name, args.anchors, args.sed, args.out, args.curve, plan=found, params=params, pairs=pairs
+        )
         if torch.cuda.is_available():
             told["cuda_allocated_bytes"] = float(torch.cuda.max_memory_allocated())
             told["cuda_reserved_bytes"] = float(torch.cuda.max_memory_reserved())

@@ -1,0 +1,190 @@
+"""Audio files in blocks: read any that libsndfile or PyAV decodes, write stems that appear whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+from jaxtyping import Float
+
+from pipeline.separate.targets import Unusable
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mkv", ".aif", ".aiff", ".aac")
+BLOCK_FRAMES = 1 << 17
+
+Format = Literal["int16", "int24", "float32", "flac", "mp3"]
+SUFFIX_OF: dict[Format, str] = {"int16": "wav", "int24": "wav", "float32": "wav", "flac": "flac", "mp3": "mp3"}
+_SUBTYPE = {"int16": "PCM_16", "int24": "PCM_24", "float32": "FLOAT", "flac": "PCM_24", "mp3": "MPEG_LAYER_III"}
+
+Block = Float[np.ndarray, "channels time"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A readable audio file; `frames` is None where the file does not say how long it is."""
+
+    path: Path
+    sample_rate: int
+    channels: int
+    frames: int | None
+
+    def blocks(self) -> Iterator[Block]:
+        """Decode it block by block, float32; Unusable where it cannot be decoded or is not finite."""
+        done = 0
+        for block in _sndfile_blocks(self.path) if self.frames is not None else _av_blocks(self.path):
+            if not np.isfinite(block).all():
+                raise Unusable(f"{self.path}: a sample near {done / self.sample_rate:.2f} s is not finite")
+            done += block.shape[1]
+            yield block
+        if not done:
+            raise Unusable(f"{self.path}: it holds no sound")
+
+
+def open_recording(path: Path) -> Recording:
+    """Open a file; Unusable, with its name and why, where it is none that can be read."""
+    if path.is_dir():
+        raise Unusable(f"{path}: it is a directory")
+    try:
+        size = path.stat().st_size
+        if not os.access(path, os.R_OK):
+            raise Unusable(f"{path}: no permission to read it")
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror or error}") from error
+    if size == 0:
+        raise Unusable(f"{path}: it is empty")
+    try:
+        info = soundfile.info(str(path))
+        if 0 < info.frames < 1 << 40 and path.suffix.lower() != ".mp3":
+            return Recording(path, info.samplerate, info.channels, info.frames)
+    except (soundfile.LibsndfileError, RuntimeError):
+        pass  # PyAV is asked
+    return _open_av(path)
+
+
+def find_recordings(paths: list[Path]) -> list[Path]:
+    """List the files of `paths`, folders with all that lies below them by a suffix that is read, each once."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            for folder, folders, names in os.walk(path):  # links to folders are not followed
+                folders.sort()
+                found |= {Path(folder, n): None for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES}
+        else:
+            found[path] = None
+    return list(found)
+
+
+class StemWriter:
+    """Takes one stem block by block into a temporary file, and makes the audio file of it in the end.
+
+    clip   rescale: a stem that exceeds full scale is made quieter as a whole. clamp: its peaks are cut. Float files
+           hold what is above full scale as it is
+    """
+
+    def __init__(self, path: Path, sample_rate: int, channels: int, kind: Format, clip: str) -> None:
+        self.path, self.sample_rate, self.channels, self.kind, self.clip = path, sample_rate, channels, kind, clip
+        self.peak, self.energy = 0.0, 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._raw = tempfile.TemporaryFile(dir=path.parent)
+
+    def write(self, block: Block) -> None:
+        """Append a block (channels, time)."""
+        self.peak = max(self.peak, float(np.abs(block).max(initial=0.0)))
+        self.energy += float(np.square(block, dtype=np.float64).sum())
+        self._raw.write(np.ascontiguousarray(block.T, np.float32).tobytes())
+
+    def finish(self) -> Path:
+        """Write the audio file under its name, whole; return its path."""
+        gain = np.float32(1 / self.peak if self.peak > 1 and self.clip == "rescale" and self.kind != "float32" else 1)
+        handle, temporary = tempfile.mkstemp(
+            prefix=".separate-", suffix=f".{SUFFIX_OF[self.kind]}", dir=self.path.parent
+        )
+        os.close(handle)
+        try:
+            self._raw.seek(0)
+            width = 4 * self.channels
+            with soundfile.SoundFile(
+                temporary, "w", self.sample_rate, self.channels, _SUBTYPE[self.kind], format=_format(self.kind)
+            ) as file:
+                while chunk := self._raw.read(BLOCK_FRAMES * width):
+                    block = np.frombuffer(chunk, np.float32).reshape(-1, self.channels) * gain
+                    file.write(block if self.kind == "float32" else block.clip(-1, 1))
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, self.path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        finally:
+            self.close()
+        return self.path
+
+    def close(self) -> None:
+        """Throw the temporary file away."""
+        self._raw.close()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _format(kind: Format) -> str:
+    return {"flac": "FLAC", "mp3": "MP3"}.get(kind, "WAV")
+
+
+def _sndfile_blocks(path: Path) -> Iterator[Block]:
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                yield np.ascontiguousarray(block.T)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise Unusable(f"{path}: {_reason(error)}") from error
+
+
+def _open_av(path: Path) -> Recording:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise Unusable(f"{path}: it holds no sound")
+            context = container.streams.audio[0].codec_context
+            rate, channels = context.sample_rate, context.channels
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        if isinstance(error, Unusable):
+            raise
+        raise Unusable(f"{path}: it is no audio file that can be read ({_reason(error)})") from error
+    if not rate or not channels:
+        raise Unusable(f"{path}: it states no sample rate or no channels")
+    return Recording(path, rate, channels, None)
+
+
+def _av_blocks(path: Path) -> Iterator[Block]:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.audio[0]
+            channels = stream.codec_context.channels
+            layout: Any = stream.codec_context.layout
+            planes = av.AudioResampler(format="fltp", layout=layout, rate=stream.codec_context.sample_rate)
+            for frame in container.decode(stream):
+                for converted in planes.resample(frame):
+                    yield converted.to_ndarray().reshape(channels, -1)
+            for converted in planes.resample(None):
+                yield converted.to_ndarray().reshape(channels, -1)
+    except (av.error.FFmpegError, ValueError) as error:
+        if isinstance(error, Unusable):
+            raise
+        raise Unusable(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

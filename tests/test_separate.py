@@ -1,0 +1,313 @@
+"""Separating recordings: stems and residual are the input, blocks leave no seam, any file is done or named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from pipeline import separators
+from pipeline.separate import Separator, Unusable, command
+from pipeline.separate.files import open_recording
+from pipeline.separate.stream import Blocks, Stream, down_mix
+from pipeline.separate.targets import SoundClass, find_class
+from tests.test_train_separator import trained
+
+RATE = 32000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained separator's folder, copied away from what it was trained on."""
+    root = tmp_path_factory.mktemp("model")
+    shutil.copytree(trained(root), root / "elsewhere" / "tiny")
+    return root / "elsewhere" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def separator(folder):
+    return Separator.from_pretrained(folder, device="cpu")
+
+
+def noise(channels, samples, seed=0):
+    return 0.1 * np.random.default_rng(seed).standard_normal((channels, samples)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ arrays
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize(("rate", "seconds"), [(8000, 0.01), (16000, 1.3), (32000, 2.0), (44100, 40.0), (96000, 0.5)])
+def test_stems_and_residual_are_the_input(separator, channels, rate, seconds):
+    audio = noise(channels, max(1, round(rate * seconds)))
+    stems = separator.separate(audio, rate, ["Speech", "Dog"])
+    assert list(stems) == ["Speech", "Dog"]
+    assert stems["Dog"].shape == audio.shape
+    total = sum(stems.values()) + stems.residual
+    np.testing.assert_allclose(total, audio, rtol=0, atol=1e-6)
+
+
+def test_the_channels_of_a_recording_keep_their_balance(separator):
+    mono = noise(1, 2 * RATE)
+    stems = separator.separate(np.concatenate([2.5 * mono, -0.5 * mono]), RATE, ["Speech"])
+    left, right = stems["Speech"]
+    np.testing.assert_allclose(right, -0.2 * left, atol=1e-5)
+    alone = separator.separate(mono, RATE, ["Speech"])["Speech"][0]
+    assert np.square(left - 2.5 * alone).mean() < 1e-2 * np.square(left).mean()
+
+
+def test_a_down_mix_that_cancels_is_the_loudest_channel():
+    one = torch.randn(1000)
+    assert torch.equal(down_mix(torch.stack([0.5 * one, -0.5 * one, 0 * one])), 0.5 * one)
+    assert torch.equal(down_mix(torch.stack([one, one])), one)
+
+
+def test_a_recording_may_be_a_tensor_of_one_channel(separator):
+    audio = torch.from_numpy(noise(1, 5000)[0])
+    assert separator.separate(audio, RATE, ["Dog"])["Dog"].shape == (1, 5000)
+
+
+def test_a_sample_that_is_not_finite_is_refused(separator):
+    audio = noise(1, 5000)
+    audio[0, 77] = np.nan
+    with pytest.raises(Unusable, match="not finite"):
+        separator.separate(audio, RATE, ["Dog"])
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+@pytest.mark.parametrize("n_pieces", [1, 7, 500])
+def test_pieces_of_any_size_give_what_the_whole_gives(separator, n_pieces):
+    audio = noise(2, 44100 * 5)
+    query = separator.query("Dog")[1][None]
+    blocks = separator.blocks_of(1.0, 0.1)
+    whole = separator.separate(audio, 44100, ["Dog"], blocks=blocks)["Dog"]
+    stream = separator.stream(query, channels=2, sample_rate=44100, blocks=blocks)
+    cuts = np.sort(np.random.default_rng(1).integers(0, audio.shape[1], n_pieces - 1)).tolist()
+    found = [stream.push(piece) for piece in np.split(audio, cuts, axis=1)]
+    found = np.concatenate([*found, stream.flush()], axis=2)[0]
+    assert found.shape == audio.shape
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-4)
+
+
+def test_the_latency_of_a_stream_is_what_its_blocks_say(separator):
+    blocks = separator.blocks_of(1.0, 0.1)
+    stream = separator.stream(separator.query("Dog")[1][None], channels=1, sample_rate=RATE, blocks=blocks)
+    pushed = popped = 0
+    for _ in range(60):
+        popped += stream.push(noise(1, 4000)).shape[2]
+        pushed += 4000
+        assert pushed - popped <= blocks.latency_seconds * RATE + 4000
+
+
+def test_a_network_that_looks_no_further_than_its_context_leaves_no_seam():
+    """A filter of 1,001 taps, blocks with 500 samples of context: each seam is as good as anywhere else."""
+    kernel = torch.randn(1, 1, 1001, generator=torch.Generator().manual_seed(0))
+
+    def estimate(mono):
+        return torch.nn.functional.conv1d(mono[None, None], kernel, padding=500)[0]
+
+    audio = noise(1, 20000)
+    stream = Stream(estimate, 1, channels=1, sample_rate=RATE, blocks=Blocks(2000, 600, 200))
+    found = np.concatenate([stream.push(audio), stream.flush()], axis=2)[0, 0]
+    whole = estimate(torch.from_numpy(audio[0]))[0].numpy()
+    np.testing.assert_allclose(found, whole, atol=1e-4 * np.abs(whole).max())
+    short = Stream(estimate, 1, channels=1, sample_rate=RATE, blocks=Blocks(2000, 100, 200))
+    found = np.concatenate([short.push(audio), short.flush()], axis=2)[0, 0]
+    assert np.abs(found - whole).max() > 0.05 * np.abs(whole).max()  # without enough context there are seams
+
+
+def snr_at_seams(separator, audio, blocks):
+    """SNR in dB of the blockwise output to one pass over the whole, in the 20 ms around each seam."""
+    query = separator.query("Dog")[1][None]
+    with torch.inference_mode():
+        whole = separator.network(torch.from_numpy(audio), query)[0].numpy()
+    found = separator.separate(audio, RATE, ["Dog"], blocks=blocks)["Dog"][0]
+    level = np.square(whole).mean()
+    seams = range(blocks.core, audio.shape[1] - 640, blocks.core)
+    return [10 * np.log10(level / np.square(found - whole)[s - 320 : s + 320].mean()) for s in seams]
+
+
+def test_the_seams_of_a_trained_resunet_are_60_db_below(separator):
+    assert isinstance(separator.network, separators.resunet.Separator)
+    snrs = snr_at_seams(separator, noise(1, 20 * RATE), separator.blocks_of(4.0, 0.1))
+    assert len(snrs) >= 3
+    assert min(snrs) > 60, snrs
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+CLASSES = [SoundClass(0, "/m/09x0r", "Speech"), SoundClass(74, "/m/0bt9lr", "Dog"), SoundClass(75, "/m/05tny_", "Bark")]
+CLASSES += [SoundClass(3, "/m/x", "Door"), SoundClass(16, "/m/0395lw", "Bell")]
+
+
+@pytest.mark.parametrize("text", ["Dog", "dog", " DOG ", "/m/0bt9lr", "74", 74])
+def test_a_class_is_found_by_name_id_and_mid(text):
+    assert find_class(text, CLASSES).name == "Dog"
+
+
+def test_a_beginning_is_enough_where_it_is_of_one_class():
+    assert find_class("spee", CLASSES).name == "Speech"
+    with pytest.raises(Unusable, match="'Bark' and 'Bell' begin so"):
+        find_class("b", CLASSES)
+
+
+@pytest.mark.parametrize(("text", "says"), [("Dgo", "did you mean 'Dog'"), ("xylophone", "there are 'Speech', 'Dog'")])
+def test_a_typo_gets_suggestions(text, says):
+    with pytest.raises(Unusable, match=says):
+        find_class(text, CLASSES)
+
+
+def test_a_model_knows_its_classes_and_can_be_queried_by_example(separator):
+    assert {one.name for one in separator.classes} == {"Speech", "Dog", "Bell"}
+    query = separator.query_of([noise(2, 44100)], 44100)
+    stems = separator.separate(noise(1, RATE), RATE, {"like this": query})
+    assert list(stems) == ["like this"]
+    found = separator.detect(noise(1, 2 * RATE), RATE)
+    assert found.probability.shape[1] == 3
+    assert [one.name for one, _ in found.loudest(0.0, 2)] == [
+        found.classes[i].name for i in np.argsort(-found.probability.max(axis=0), kind="stable")[:2]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def run(*arguments):
+    return command.main([str(a) for a in arguments])
+
+
+def test_files_of_several_kinds_are_separated(folder, tmp_path, capsys):
+    paths = []
+    for name, rate, channels in (("a.wav", 44100, 2), ("b.flac", 16000, 1), ("c.ogg", 48000, 2), ("d.mp3", 44100, 1)):
+        paths.append(tmp_path / "in" / name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        soundfile.write(paths[-1], noise(channels, rate).T, rate)
+    assert run(tmp_path / "in", "-n", folder, "-o", tmp_path / "out", "--class", "dog", "--residual", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["done"]) == 4
+    for path in paths:
+        for stem in ("Dog", "residual"):
+            info = soundfile.info(tmp_path / "out" / path.stem / f"{stem}.wav")
+            assert (info.samplerate, info.channels) == (soundfile.info(path).samplerate, soundfile.info(path).channels)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".")]
+
+
+def test_float_files_add_up_to_the_input(folder, tmp_path):
+    audio = noise(2, 3 * 44100)
+    soundfile.write(tmp_path / "x.wav", audio.T, 44100, subtype="FLOAT")
+    assert run(tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out", "--two-stems", "Dog", "--float32") == 0
+    parts = [soundfile.read(tmp_path / "out/x" / f"{s}.wav", dtype="float32")[0] for s in ("Dog", "residual")]
+    np.testing.assert_allclose(sum(parts), audio.T, rtol=0, atol=1e-6)
+
+
+def test_files_that_are_there_are_kept_unless_forced(folder, tmp_path, capsys):
+    soundfile.write(tmp_path / "x.wav", noise(1, RATE)[0], RATE)
+    (tmp_path / "out/x").mkdir(parents=True)
+    (tmp_path / "out/x/Dog.wav").write_text("mine")
+    arguments = [tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out", "--class", "Dog"]
+    assert run(*arguments) == 0
+    assert (tmp_path / "out/x/Dog.wav").read_text() == "mine"
+    assert "1 files were there" in capsys.readouterr().err
+    assert run(*arguments, "--force") == 0
+    assert soundfile.info(tmp_path / "out/x/Dog.wav").frames == RATE
+
+
+def test_what_exceeds_full_scale_never_wraps_around(folder, tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.sign(noise(1, RATE)[0]) * 3, RATE, subtype="FLOAT")
+    for mode in ("rescale", "clamp"):
+        out = tmp_path / mode
+        assert (
+            run(tmp_path / "x.wav", "-n", folder, "-o", out, "--class", "Dog", "--residual", "--clip-mode", mode) == 0
+        )
+        rest = soundfile.read(out / "x/residual.wav", dtype="float64")[0]
+        loud = np.abs(rest) > 0.5
+        original = np.sign(noise(1, RATE)[0])
+        assert (np.sign(rest[loud]) == original[loud]).mean() > 0.99
+
+
+def bad_inputs(root):
+    """Names of files that cannot be separated, by what is wrong with them."""
+    good = noise(1, RATE)[0]
+    soundfile.write(root / "nan.wav", np.where(np.arange(RATE) == 9, np.nan, good), RATE, subtype="FLOAT")
+    soundfile.write(root / "infinite.wav", np.where(np.arange(RATE) == 9, np.inf, good), RATE, subtype="FLOAT")
+    (root / "empty.wav").touch()
+    (root / "text.wav").write_text("this is no sound\n")
+    (root / "random.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
+    (root / "header.wav").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    soundfile.write(root / "no_samples.wav", good[:0], RATE)
+    (root / "directory.wav").mkdir()
+    (root / "loop.wav").symlink_to(root / "loop.wav")
+    (root / "dangling.wav").symlink_to(root / "nowhere.wav")
+    (root / ("n" * 240 + ".wav")).write_bytes(b"x")
+    (root / "-dash.wav").write_text("x")
+    (root / "ünïcode 音.wav").write_text("x")
+    (root / "picture.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(50))
+    paths = sorted(root.iterdir())
+    return [*(path for path in paths if path.name != "directory.wav"), root / "missing.wav", root / "no" / "folder.wav"]
+
+
+def test_bad_files_are_a_line_each_and_the_good_ones_are_done(folder, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    bad = bad_inputs(tmp_path / "bad")
+    for name in ("first.wav", "last.wav"):
+        soundfile.write(tmp_path / name, noise(1, RATE)[0], RATE)
+    tracks = [tmp_path / "first.wav", *bad, tmp_path / "last.wav"]
+    assert run(*tracks, "-n", folder, "-o", tmp_path / "out", "--class", "Dog") == 1
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == len(bad) >= 15
+    for path, line in zip(bad, errors, strict=True):
+        assert str(path) in line
+    assert len(lines) == len(errors) + 1  # and the summary
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.wav")) == ["Dog.wav", "Dog.wav"]
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["x.wav", "--class", "Dgo"], "did you mean 'Dog'"),
+        (["x.wav"], "nothing is asked for"),
+        (["--class", "Dog"], "no recording is named"),
+        (["x.wav", "--class", "Dog", "-n", "nowhere/x/y"], "no model at nowhere/x/y: `make repro` trains some"),
+        (["x.wav", "--query", "nowhere.wav"], "nowhere.wav: No such file"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, tmp_path, capsys, arguments, says):
+    model = [] if "-n" in arguments else ["-n", folder]
+    assert run(*arguments, *model) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_stem_is_never_written_over_its_recording(folder, tmp_path, capsys):
+    soundfile.write(tmp_path / "Dog.wav", noise(1, RATE)[0], RATE)
+    before = (tmp_path / "Dog.wav").read_bytes()
+    arguments = [tmp_path / "Dog.wav", "-n", folder, "-o", tmp_path, "--filename", "{stem}.{ext}", "--class", "Dog"]
+    assert run(*arguments, "--force") == 1
+    assert "would be written over it" in capsys.readouterr().err
+    assert (tmp_path / "Dog.wav").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("ffmpeg"), reason="nothing makes the file")
+def test_a_video_s_sound_is_separated(folder, tmp_path):
+    soundfile.write(tmp_path / "x.wav", noise(2, 44100).T, 44100)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", "x.wav", "-c:a", "aac", "x.m4a"], cwd=tmp_path, check=True)
+    assert open_recording(tmp_path / "x.m4a").channels == 2
+    assert run(tmp_path / "x.m4a", "-n", folder, "-o", tmp_path / "out", "--class", "Dog") == 0
+    assert abs(soundfile.info(tmp_path / "out/x/Dog.wav").frames - 44100) < 4096
+
+
+def test_the_library_imports_little():
+    code = "import sys, pipeline.separate; print({'dvc', 'dask', 'transformers', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
