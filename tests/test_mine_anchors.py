@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from pipeline import panns, shards
@@ -27,7 +29,15 @@ ROOT = Path(__file__).parent.parent
 RATE = 32000
 AUDIO = AudioParams(sample_rate=RATE, clip_seconds=4.0, segment_seconds=1.0)
 PARAMS = MineAnchorsParams(
-    mode="area", smoothing_seconds=1.01, min_score=0.0, min_purity=0.0, short="skip", batch_size=3, seed=0, device="cpu"
+    mode="area",
+    smoothing_seconds=1.01,
+    min_score=0.0,
+    min_purity=0.0,
+    min_relative_energy=0.0,
+    short="skip",
+    batch_size=3,
+    seed=0,
+    device="cpu",
 )
 SIREN, HUM, DOG, BARK = "/m/03kmc9", "/m/07rcgpl", "/m/0bt9lr", "/m/05tny_"
 INDICES = sorted(class_of(mid).index for mid in (SIREN, HUM, DOG, BARK))
@@ -35,6 +45,11 @@ INDICES = sorted(class_of(mid).index for mid in (SIREN, HUM, DOG, BARK))
 
 def change(**values) -> MineAnchorsParams:
     return MineAnchorsParams.model_validate(PARAMS.model_dump() | values)
+
+
+def counts(**dropped: int) -> dict[str, int]:
+    """The counts of the summary by reason, zero where nothing is said."""
+    return {"unknown_class": 0, "short": 0, "low_score": 0, "low_purity": 0, "silent": 0, "low_energy": 0} | dropped
 
 
 def write_clips(directory: Path, clips: dict[str, tuple[list[str], np.ndarray]], n_shards: int = 2) -> None:
@@ -96,12 +111,12 @@ class Loudness(panns.Detector, panns.QueryEncoder):
 
 @pytest.fixture
 def hear(monkeypatch, tmp_path):
-    """Mine `clips` with a Loudness detector of these factors."""
+    """Mine `clips` with a Loudness detector of these factors, or with the detectors that are given."""
 
-    def run(clips, params=PARAMS, factors=None, n_shards=2):
+    def run(clips, params=PARAMS, factors=None, n_shards=2, detector=None, folds=None, fold_of=None):
         loudness = Loudness(factors or {SIREN: 1.0, HUM: 0.5})
-        columns = {index: n for n, index in enumerate(loudness.class_indices)}
-        monkeypatch.setattr(stage, "load_networks", lambda *_: Networks(loudness, loudness, columns))
+        networks = Networks(detector or loudness, loudness, folds or {}, fold_of or {})
+        monkeypatch.setattr(stage, "load_networks", lambda *_: networks)
         for part in ("detector", "query"):
             (tmp_path / "sed" / part).mkdir(parents=True, exist_ok=True)
             for file in ("config.json", "weights.safetensors"):
@@ -162,19 +177,81 @@ def test_what_is_dropped_is_counted_by_reason_and_lost_classes_are_named(hear):
     }
     summary, index = hear(clips, change(min_score=0.06))
     assert index.keys == [f"good-{class_of(SIREN).index:03d}", f"quiet-{class_of(SIREN).index:03d}"]
-    assert summary["dropped"] == {"unknown_class": 1, "short": 1, "low_score": 2, "low_purity": 0, "silent": 0}
+    assert summary["dropped"] == counts(unknown_class=1, short=1, low_score=2)
     assert summary["empty_classes"] == {"Hum": {"low_score": 1}, "Dog": {"unknown_class": 1}}
     assert summary["unknown_classes"] == ["Dog"]
     assert set(index.empty_classes) == {HUM, DOG}
 
     summary, _ = hear(clips)
-    assert summary["dropped"] == {"unknown_class": 1, "short": 1, "low_score": 0, "low_purity": 0, "silent": 1}
+    assert summary["dropped"] == counts(unknown_class=1, short=1, silent=1)
     summary, index = hear(clips, change(min_purity=0.6))
     assert summary["dropped"]["low_purity"] == 0
     summary, index = hear(clips, change(min_purity=0.8))
     assert summary["dropped"]["low_purity"] == 1  # in "good", hum scores 0.25
     with pytest.raises(ValueError, match=r"none of the labels of .* gave an anchor; dropped: .*'low_score': 4"):
         hear(clips, change(min_score=0.9))
+
+
+def test_an_anchor_beside_the_sound_is_dropped_by_its_energy(hear):
+    """A siren of half the level sounds alone in another second than a louder burst, which scores nothing."""
+
+    class FirstHalf(Loudness):
+        def framewise_probability(self, waveform):
+            probability = super().framewise_probability(waveform)
+            return probability * (torch.arange(probability.shape[1]) < 200)[:, None]
+
+    faint = burst(0.5, level=0.25) // 2 + burst(2.5, level=0.5) // 2
+    clips = {"faint": ([SIREN], faint), "alone": ([SIREN, HUM], burst(0.5))}
+    detector = FirstHalf({SIREN: 1.0, HUM: 0.5})
+    summary, index = hear(clips, detector=detector)
+    assert summary["relative_energy"]["histogram"] == {f"{n / 10:.1f}": {2: 1, 9: 2}.get(n, 0) for n in range(10)}
+    summary, index = hear(clips, change(min_relative_energy=0.2), detector=detector)  # 0.25: half of the level
+    assert summary["dropped"]["low_energy"] == 0
+    summary, index = hear(clips, change(min_relative_energy=0.3), detector=detector)
+    assert summary["dropped"] == counts(low_energy=1)
+    assert index.clip_ids == ["alone", "alone"]
+    only = {"faint": ([HUM], faint), "alone": ([SIREN], burst(0.5))}
+    summary, index = hear(only, change(min_relative_energy=0.3), detector=detector)
+    assert summary["empty_classes"] == {"Hum": {"low_energy": 1}}
+    assert index.empty_classes == (HUM,)
+
+
+@given(st.lists(st.integers(-32768, 32767), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_loudest_segment_is_that_of_a_loop(levels, n_frames):
+    pcm = np.repeat(np.array(levels, np.int16), panns.FRAME_SAMPLES)[:-7]
+    size = n_frames * panns.FRAME_SAMPLES
+    starts = range(0, max(1, len(pcm) - size + 1), panns.FRAME_SAMPLES)
+    expected = max(float(np.sum((pcm[start : start + size] / 32768.0) ** 2)) / size for start in starts)
+    assert stage._loudest(pcm, size) == pytest.approx(expected)
+
+
+def test_a_clip_is_cut_by_the_detector_that_has_not_seen_it(hear):
+    """Of two classes' detectors, one hears the first half of a clip and the other the second."""
+
+    class Half(Loudness):
+        def __init__(self, factors, frames: slice):
+            super().__init__(factors)
+            self.frames = frames
+
+        def framewise_probability(self, waveform):
+            probability = super().framewise_probability(waveform)
+            masked = torch.zeros_like(probability)
+            masked[:, self.frames] = probability[:, self.frames]
+            return masked
+
+    two = (burst(0.5) // 2 + burst(2.5, seed=1) // 2).astype(np.int16)
+    clips = {name: ([SIREN, HUM], two) for name in ("a", "b", "c", "d")}
+    factors = {SIREN: 1.0, HUM: 0.5}
+    folds = {0: Half(factors, slice(0, 200)), 1: Half({DOG: 0.1} | factors, slice(200, None))}
+    fold_of = {"a": 0, "b": 1, "d": 1}
+    _, index = hear(clips, change(batch_size=4), detector=Half(factors, slice(0, 0)), folds=folds, fold_of=fold_of)
+    onsets = dict(
+        zip(zip(index.clip_ids, index.mids, strict=True), index.table["onset_seconds"].to_pylist(), strict=True)
+    )
+    for mid in (SIREN, HUM):  # whatever the other detectors' columns are
+        assert onsets["a", mid] == pytest.approx(0.5, abs=0.02)
+        assert onsets["b", mid] == onsets["d", mid] == pytest.approx(2.5, abs=0.02)
+        assert onsets["c", mid] == 0.0  # in no fold: the detector of all clips, which hears nothing here
 
 
 def test_short_clips_are_padded_on_request(hear, tmp_path):
@@ -238,7 +315,13 @@ def corpus(n: int) -> dict[str, tuple[list[str], np.ndarray]]:
     }
 
 
-def write_networks(directory: Path) -> None:
+def write_networks(directory: Path, folds: dict[str, int] | None = None) -> None:
+    """Detector and query encoder of random weights, and a detector for each of the folds."""
+    for fold in sorted(set((folds or {}).values())):
+        torch.manual_seed(1 + fold)
+        other = panns.SmallCnn(class_indices=INDICES[fold:], channels=[4, 8], embedding_dim=6)
+        panns.save(other.eval(), directory / "folds" / str(fold))
+        (directory / "folds" / "folds.json").write_text(json.dumps(folds))
     torch.manual_seed(0)
     network = panns.SmallCnn(class_indices=INDICES, channels=[4, 8], embedding_dim=6)
     for part in ("detector", "query"):
@@ -290,7 +373,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(workspace):
 @pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_byte(workspace, monkeypatch):
     write_clips(workspace / "clips", corpus(12), n_shards=4)
-    write_networks(workspace / "sed")
+    write_networks(workspace / "sed", {f"clip{k:02d}": k % 2 for k in range(9)})
     for n_workers in ("0", "2"):
         monkeypatch.setenv("USS_WORKERS", n_workers)
         mine_anchors(workspace / "clips", workspace / "sed", workspace / n_workers, audio=AUDIO, params=PARAMS)
@@ -309,3 +392,30 @@ def test_the_stored_query_is_the_encoders_of_the_stored_segment(workspace):
             expected = encoder.embed(torch.from_numpy(reader.waveform(row))[None])[0]
             torch.testing.assert_close(torch.from_numpy(reader.query(row)), expected)
     assert index.query_dim == 6
+
+
+def test_the_detectors_of_the_folds_are_those_on_disk(workspace):
+    """Each stored score is the one that the detector of the clip's fold gives the stored window."""
+    fold_of = {f"clip{k:02d}": k % 2 for k in range(8)}  # the last two clips are in no fold
+    write_clips(workspace / "clips", corpus(10), n_shards=1)
+    write_networks(workspace / "sed", fold_of)
+    summary = mine_anchors(workspace / "clips", workspace / "sed", workspace / "anchors", audio=AUDIO, params=PARAMS)
+    index = AnchorIndex.load(workspace / "anchors")
+    assert summary["dropped"]["unknown_class"] == sum(INDICES[0] in labels_of(k) for k in range(1, 8, 2))
+    clips = shards.ClipReader(workspace / "clips", RATE)
+    for row, clip in enumerate(index.clip_ids):
+        place = workspace / "sed" / (f"folds/{fold_of[clip]}" if clip in fold_of else "detector")
+        detector = panns.load_detector(place)
+        waveform = clips.waveform(clip)
+        padded = torch.from_numpy(np.pad(waveform, (0, 4 * RATE - len(waveform))))[None]
+        with torch.inference_mode():
+            segments = detector.framewise_probability(padded)
+        frames = panns.to_frames(segments, segment_samples=detector.segment_samples, n_frames=401)[0]
+        start = round(index.table["onset_seconds"][row].as_py() * 100)
+        own = frames[start : start + 101, detector.class_indices.index(int(index.class_index[row]))]
+        own = own[: len(waveform) // 320 + 1 - start]
+        assert index.table["score"][row].as_py() == pytest.approx(float(own.mean()), abs=1e-5)
+
+
+def labels_of(number: int) -> list[int]:
+    return [class_of(mid).index for mid in corpus(number + 1)[f"clip{number:02d}"][0]]

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.ontology import class_of
 from pipeline.panns import SmallCnn, load_detector, load_query_encoder
-from pipeline.shards import ClipReader
-from pipeline.stages.sed import AudioParams, SedParams, WeakLabels, mean_average_precision, sed
+from pipeline.shards import ClipEntry, ClipReader
+from pipeline.stages.sed import AudioParams, SedParams, WeakLabels, deal, mean_average_precision, sed
 from tests.corpora import MIDS, write_clips
 
 AUDIO = AudioParams(sample_rate=32000, clip_seconds=4.0, segment_seconds=2.0)
@@ -23,6 +26,8 @@ PARAMS = SedParams(
     channels=[8, 8, 16],
     embedding_dim=16,
     steps=120,
+    folds=0,
+    fold_steps=10,
     batch_size=8,
     learning_rate=3e-3,
     warmup_steps=5,
@@ -114,6 +119,89 @@ def test_a_mixed_item_carries_both_labels_and_both_powers(splits, tmp_path):
     other, _ = data.batch(4, size=8, seed=0, mixup=0.0, gain_db=0.0)
     assert torch.equal(plain, again)
     assert not torch.equal(plain, other)
+
+
+def entry(clip_id, recording, *labels):
+    return ClipEntry(clip_id, recording, labels, 4.0, "clips-00000.tar", 0, 0)
+
+
+@given(st.integers(0, 999), st.integers(2, 5), st.integers(1, 30))
+def test_the_clips_of_a_recording_are_in_one_fold(seed, n_folds, n_clips):
+    rng = np.random.default_rng(seed)
+    clips = [
+        entry(f"c{n}", f"r{rng.integers(10)}", *rng.choice(MIDS, rng.integers(0, 3), replace=False))
+        for n in range(n_clips)
+    ]
+    folds = deal(clips, n_folds)
+    assert set(folds) == {clip.clip_id for clip in clips}
+    assert set(folds.values()) <= set(range(n_folds))
+    by_recording = {}
+    for clip in clips:
+        by_recording.setdefault(clip.recording, set()).add(folds[clip.clip_id])
+    assert all(len(own) == 1 for own in by_recording.values())
+    assert deal(clips[::-1], n_folds) == folds
+
+
+@given(st.integers(2, 4), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_every_class_is_spread_over_the_folds(n_folds, sizes):
+    names = [(f"{mid}-{n}", mid) for mid, size in zip(MIDS, sizes, strict=True) for n in range(size)]
+    folds = deal([entry(name, name, mid) for name, mid in names], n_folds)
+    for mid in MIDS:
+        counts = np.bincount([folds[name] for name, own in names if own == mid], minlength=n_folds)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_batches_of_some_clips_hold_no_other_clip_and_no_other_class(splits, tmp_path):
+    clips = ClipReader(splits[0], 32000)
+    indices = sorted(class_of(mid).index for mid in MIDS)
+    data = WeakLabels(clips, indices, tmp_path / "log_mel.npy", clip_samples=128000)
+    rows = np.array([clip.labels[0] != MIDS[1] for clip in clips.clips.values()])
+    rows[np.flatnonzero(rows)[:3]] = False
+    some = data.only(rows)
+    assert some.class_indices == sorted(class_of(mid).index for mid in MIDS if mid != MIDS[1])
+    assert data.class_indices == indices
+    assert data.labels.shape == (18, 3)  # untouched
+    batches = [some.batch(n, size=8, seed=0, mixup=0.0, gain_db=0.0) for n in range(8)]
+    drawn = {tuple(sorted(item.mean(dim=1).tolist())) for log_mel, _ in batches for item in log_mel}
+    own = {
+        tuple(sorted(torch.from_numpy(data.log_mel[row]).float().mean(dim=1).tolist())) for row in np.flatnonzero(rows)
+    }
+    assert drawn == own
+
+
+def test_each_fold_has_a_detector_that_was_not_trained_on_it(splits, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    trained_on = []
+
+    def train(data, params, *, steps, scratch, curve):
+        trained_on.append((steps, {data.clip_ids[row] for row in np.flatnonzero(data.labels.any(axis=1))}))
+        curve.write_text("")
+        return SmallCnn(class_indices=data.class_indices, channels=[8], embedding_dim=8)
+
+    monkeypatch.setattr("pipeline.stages.sed.train_small", train)
+    summary = run(splits, tmp_path / "sed", folds=3, fold_steps=7)
+    fold_of = json.loads((tmp_path / "sed/folds/folds.json").read_text())
+    clips = set(ClipReader(splits[0], 32000).clips)
+    assert trained_on[0] == (120, clips)
+    assert trained_on[1:] == [(7, {clip for clip in clips if fold_of[clip] != fold}) for fold in range(3)]
+    assert all(load_detector(tmp_path / f"sed/folds/{fold}").class_indices for fold in range(3))
+    assert summary["cross_fitted"] == {"folds": 3, "clips_unseen": 18, "clips_seen": 0}
+    # Of a class with a single recording there is no detector that knows it and has not seen it.
+    manifest = (splits[0] / "manifest.csv").read_text().splitlines(keepends=True)
+    lonely = tmp_path / "lonely"
+    shutil.copytree(splits[0], lonely)
+    kept = [row for n, row in enumerate(manifest) if MIDS[2] not in row]
+    (lonely / "manifest.csv").write_text("".join([*kept, next(row for row in manifest if MIDS[2] in row)]))
+    summary = run((lonely, splits[1]), tmp_path / "other", folds=2)
+    assert summary["cross_fitted"] == {"folds": 2, "clips_unseen": 12, "clips_seen": 1}
+    assert len(json.loads((tmp_path / "other/folds/folds.json").read_text())) == 12
+    assert run(splits, tmp_path / "none", folds=0)["cross_fitted"] == {"folds": 0}
+    assert not (tmp_path / "none/folds").exists()
+
+
+def test_one_fold_is_refused():
+    with pytest.raises(ValueError, match="one fold leaves no clips"):
+        SedParams.model_validate(PARAMS.model_dump() | {"folds": 1})
 
 
 @pytest.mark.slow

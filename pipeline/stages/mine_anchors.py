@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +33,17 @@ from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.mining import Window, best_start, random_start, window
 from pipeline.ontology import class_of, classes, kin
 from pipeline.parts import run_parts
-from pipeline.runtime import fingerprint, link_or_copy, publish, remove, running, scratch_dir, sha256_file, write_json
+from pipeline.runtime import (
+    fingerprint,
+    link_or_copy,
+    publish,
+    read_json,
+    remove,
+    running,
+    scratch_dir,
+    sha256_file,
+    write_json,
+)
 from pipeline.shards import ClipEntry, ClipReader, ShardReader
 
 log = logging.getLogger(__name__)
@@ -47,6 +57,7 @@ REASONS = (
     "low_score",
     "low_purity",
     "silent",  # there is no sound in the window: as a target it has no SDR
+    "low_energy",  # the clip has a much louder window: the detector pointed beside the sound
 )
 # A window with less energy (-100 dBFS) is silent. `mixing` bounds its gain at the same level.
 SILENT_ENERGY = 1e-10
@@ -60,6 +71,7 @@ class MineAnchorsParams(Params):
     smoothing_seconds: float = Field(gt=0)
     min_score: float = Field(ge=0, le=1)
     min_purity: float = Field(ge=0, le=1)
+    min_relative_energy: float = Field(ge=0, le=1)
     short: Literal["skip", "pad"]
     batch_size: int = Field(gt=0)
     seed: int = Field(ge=0)
@@ -93,7 +105,13 @@ class Networks:
 
     detector: panns.Detector
     encoder: panns.QueryEncoder
-    position: Mapping[int, int]  # class index -> column of the detector
+    folds: Mapping[int, panns.Detector] = field(default_factory=dict)  # each trained without this fold of the clips
+    fold_of: Mapping[str, int] = field(default_factory=dict)  # clip id -> the fold that it is in
+
+    def detector_of(self, clip_id: str) -> panns.Detector:
+        """The detector that was not trained on the clip's recording, where there is such a one."""
+        fold = self.fold_of.get(clip_id)
+        return self.detector if fold is None else self.folds[fold]
 
 
 @dataclass(frozen=True)
@@ -104,14 +122,16 @@ class Anchor:
     mid: str
     window: Window
     pcm: Int16[np.ndarray, " time"]
+    relative_energy: float  # of the segment, by that of the clip's loudest window
 
 
 @lru_cache(maxsize=1)
 def load_networks(sed: Path, sed_sha256: str, device: str) -> Networks:
-    """The networks of the sed stage; once per process."""
+    """Load the networks of the sed stage, once per process."""
     detector, encoder = panns.load_detector(sed / "detector"), panns.load_query_encoder(sed / "query")
-    position = {index: column for column, index in enumerate(detector.class_indices)}
-    return Networks(detector.to(device), encoder.to(device), position)
+    fold_of = read_json(sed / "folds" / "folds.json") if (sed / "folds").exists() else {}
+    folds = {fold: panns.load_detector(sed / "folds" / str(fold)).to(device) for fold in set(fold_of.values())}
+    return Networks(detector.to(device), encoder.to(device), folds, fold_of)
 
 
 def find_anchors(
@@ -128,6 +148,7 @@ def find_anchors(
     params, hop = setup.params, panns.FRAME_SAMPLES
     segment_frames = setup.segment_samples // hop
     pcm = np.rint(waveform * FULL_SCALE).clip(-FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    loudest = _loudest(pcm, setup.segment_samples)
     for mid in clip.labels:
         class_index = class_of(mid).index
         if class_index not in position:
@@ -146,14 +167,17 @@ def find_anchors(
         found = window(probability, start, segment_frames=segment_frames, class_position=column, kin=related)
         segment = pcm[start * hop : start * hop + setup.segment_samples]
         segment = np.pad(segment, (0, setup.segment_samples - len(segment)))
+        relative_energy = _energy(segment) / loudest if loudest else 0.0
         if found.score < params.min_score:
             yield "low_score", mid
         elif found.purity < params.min_purity:
             yield "low_purity", mid
         elif _energy(segment) <= SILENT_ENERGY:
             yield "silent", mid
+        elif relative_energy < params.min_relative_energy:
+            yield "low_energy", mid
         else:
-            yield Anchor(clip, mid, found, segment)
+            yield Anchor(clip, mid, found, segment, relative_energy)
 
 
 def _width(params: MineAnchorsParams) -> int:
@@ -169,6 +193,14 @@ def _kin_mask(mid: str, class_indices: tuple[int, ...]) -> np.ndarray:
 def _energy(pcm: Int16[np.ndarray, " time"]) -> float:
     # Integers: the same on any machine, and with it the gains, the pairs and their hash.
     return int(np.square(pcm.astype(np.int64)).sum()) / (len(pcm) * FULL_SCALE**2)
+
+
+def _loudest(pcm: Int16[np.ndarray, " time"], segment_samples: int) -> float:
+    """Energy of the loudest segment of a clip, among those that begin at a frame; of a shorter clip, padded."""
+    total = np.concatenate([[0], np.cumsum(np.square(pcm.astype(np.int64)))])
+    starts = np.arange(0, max(1, len(pcm) - segment_samples + 1), panns.FRAME_SAMPLES)
+    ends = np.minimum(starts + segment_samples, len(pcm))
+    return int(np.max(total[ends] - total[starts])) / (segment_samples * FULL_SCALE**2)
 
 
 def mine_part(part: Part, directory: Path, *, setup: Setup) -> dict[str, str]:
@@ -224,12 +256,18 @@ def _mine_batch(
             raise ValueError(f"clip {clip.clip_id} is at {rate} Hz, not {NETWORK_SAMPLE_RATE}")
         waveforms.append(waveform[: setup.clip_samples])
         row[: len(waveforms[-1])] = waveforms[-1]
-    segments = networks.detector.framewise_probability(torch.from_numpy(padded).to(setup.device)).cpu()
-    n_frames = setup.clip_samples // panns.FRAME_SAMPLES + 1
-    frames = panns.to_frames(segments, segment_samples=networks.detector.segment_samples, n_frames=n_frames).numpy()
-    for clip, waveform, probability in zip(batch, waveforms, frames, strict=True):
-        own = probability[: len(waveform) // panns.FRAME_SAMPLES + 1]  # the rest is the silence behind a short clip
-        yield from find_anchors(clip, waveform, own, networks.position, setup)
+    detectors = [networks.detector_of(clip.clip_id) for clip in batch]
+    frames = dict[int, np.ndarray]()  # by row
+    for detector in dict.fromkeys(detectors):
+        rows = [row for row, own in enumerate(detectors) if own is detector]
+        segments = detector.framewise_probability(torch.from_numpy(padded[rows]).to(setup.device)).cpu()
+        n_frames = setup.clip_samples // panns.FRAME_SAMPLES + 1
+        probability = panns.to_frames(segments, segment_samples=detector.segment_samples, n_frames=n_frames)
+        frames |= zip(rows, probability.numpy(), strict=True)
+    for place, (clip, waveform, detector) in enumerate(zip(batch, waveforms, detectors, strict=True)):
+        own = frames[place][: len(waveform) // panns.FRAME_SAMPLES + 1]  # the rest is the silence behind a short clip
+        position = {index: column for column, index in enumerate(detector.class_indices)}
+        yield from find_anchors(clip, waveform, own, position, setup)
 
 
 def _embed(anchors: Sequence[Anchor], encoder: panns.QueryEncoder, setup: Setup) -> Float32[np.ndarray, "batch dim"]:
@@ -259,6 +297,7 @@ def _sample(anchor: Anchor, query: Float32[np.ndarray, " dim"]) -> tuple[str, di
         "anchor": key,
         "labels": ";".join(clip.labels),
         "energy": _energy(anchor.pcm),
+        "relative_energy": anchor.relative_energy,  # for the summary
         "peak": int(np.abs(anchor.pcm.astype(np.int64)).max()) / FULL_SCALE,
         "sha256": sha256(wav).hexdigest(),
     }
@@ -326,6 +365,7 @@ def _setup(clips: Path, sed: Path, *, audio: AudioParams, params: MineAnchorsPar
             "a box around a frame has an odd number"
         )
     networks = [sed / part / file for part in ("detector", "query") for file in ("config.json", "weights.safetensors")]
+    networks += sorted(path for path in (sed / "folds").rglob("*") if path.is_file())
     return Setup(
         clips=clips.absolute(),
         sed=sed.absolute(),
@@ -350,6 +390,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], dropped: Mapping[str, Counter[st
         "unknown_classes": sorted(class_of(mid).name for mid in dropped if dropped[mid]["unknown_class"]),
         "score": _distribution([row["score"] for row in rows]),
         "purity": _distribution([row["purity"] for row in rows]),
+        "relative_energy": _distribution([row["relative_energy"] for row in rows]),
     }
 
 

@@ -6,21 +6,28 @@ the missing part. Either way the stage reports the detector's mean average preci
 
     data/clips/train ──(log-mel, once)──> small network ──┐
     *.pth ──(size, sha256, weights_only)──────────────────┴──> <out>/detector, <out>/query ──> mAP on data/clips/eval
+
+A small detector is surer of the clips that it was trained on than of others. With `folds`, the recordings of the train
+split are dealt into as many folds, and a further detector is trained without each: <out>/folds/<fold>, and
+<out>/folds/folds.json says which clip is in which fold. Stage mine_anchors cuts a clip with the detector that has not
+seen its recording.
 """
 
 import argparse
 import logging
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
@@ -32,7 +39,7 @@ from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
 from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_json
-from pipeline.shards import ClipReader
+from pipeline.shards import ClipEntry, ClipReader
 from pipeline.training import build_optimizer, fit, learning_rate_factor, write_curve
 from pipeline.weights import read_tensors
 
@@ -53,12 +60,21 @@ class SedParams(Params):
     channels: list[int] = Field(min_length=1)
     embedding_dim: int = Field(gt=0)
     steps: int = Field(gt=0)
+    folds: int = Field(ge=0)  # 0: none; a single fold would leave nothing to train on
+    fold_steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(ge=0)
     mixup: float = Field(ge=0, le=1)
     gain_db: float = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
+
+    @field_validator("folds")
+    @classmethod
+    def _not_one(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold leaves no clips to train its detector on; 0 (none) or at least 2")
+        return folds
 
 
 class WeakLabels:
@@ -70,6 +86,7 @@ class WeakLabels:
 
     def __init__(self, clips: ClipReader, class_indices: list[int], file: Path, *, clip_samples: int) -> None:
         column = {index: j for j, index in enumerate(class_indices)}
+        self.class_indices = list(class_indices)
         self.clip_ids = list(clips.clips)
         self.labels = np.zeros((len(self.clip_ids), len(class_indices)), bool)
         for i, clip_id in enumerate(self.clip_ids):
@@ -85,6 +102,15 @@ class WeakLabels:
         with torch.inference_mode():
             for i, waveform in enumerate(waveforms(clips, clip_samples)):
                 self.log_mel[i] = network.log_mel(waveform[None])[0, :n_frames].numpy()
+
+    def only(self, rows: Bool[np.ndarray, " clips"]) -> "WeakLabels":
+        """The labels of these clips alone, with the classes that occur there: the batches then hold no other clip."""
+        restricted = copy(self)
+        labels = self.labels & rows[:, None]
+        present = labels.any(axis=0)
+        restricted.labels = labels[:, present]
+        restricted.class_indices = [self.class_indices[j] for j in np.flatnonzero(present)]
+        return restricted
 
     def batch(
         self, n: int, *, size: int, seed: int, mixup: float, gain_db: float
@@ -118,12 +144,55 @@ def waveforms(clips: ClipReader, clip_samples: int) -> Iterator[Float[Tensor, " 
         yield F.pad(waveform, (0, clip_samples - len(waveform)))
 
 
-def train_small(clips: ClipReader, params: SedParams, *, clip_samples: int, scratch: Path, curve: Path) -> SmallCnn:
-    """Train the small network on the weak labels of `clips`; its classes are those that occur there."""
-    class_indices = sorted({class_of(mid).index for clip in clips.clips.values() for mid in clip.labels})
-    data = WeakLabels(clips, class_indices, scratch / "log_mel.npy", clip_samples=clip_samples)
+def deal(clips: Iterable[ClipEntry], n_folds: int) -> dict[str, int]:
+    """The fold of every clip, by clip id: all clips of a recording in one, and every class spread over all of them.
+
+    Recordings with rare classes are dealt first, each to the fold that has the least of its classes. The same clips
+    are dealt alike in any order.
+    """
+    of_recording: dict[str, list[ClipEntry]] = {}
+    for clip in clips:
+        of_recording.setdefault(clip.recording, []).append(clip)
+    labels = {name: sorted(mid for clip in own for mid in clip.labels) for name, own in of_recording.items()}
+    total = Counter(mid for own in labels.values() for mid in own)
+    held = [Counter[str]() for _ in range(n_folds)]
+    fold_of = dict[str, int]()
+    for name in sorted(labels, key=lambda name: (min((total[mid] for mid in labels[name]), default=0), name)):
+        shares = [(sum(counts[mid] / total[mid] for mid in labels[name]), counts.total()) for counts in held]
+        fold = shares.index(min(shares))
+        held[fold].update(labels[name])
+        fold_of |= {clip.clip_id: fold for clip in of_recording[name]}
+    return fold_of
+
+
+def train_folds(data: WeakLabels, clips: ClipReader, params: SedParams, scratch: Path, out: Path) -> dict[str, Any]:
+    """Write a detector per fold that was trained without it, and folds.json; return what the summary says of them.
+
+    A clip is left out of folds.json if its fold's detector does not know all of its labels, as where a class has only
+    one recording.
+    """
+    fold_of = deal(clips.clips.values(), params.folds)
+    folds = np.array([fold_of[clip_id] for clip_id in data.clip_ids])
+    unseen = dict[str, int]()
+    for fold in range(params.folds):
+        others = data.only(folds != fold)
+        if not others.class_indices:
+            continue  # all labelled clips are of one recording
+        name = f"fold{fold}"
+        places = {"scratch": scratch / name, "curve": scratch / f"{name}.csv"}
+        detector = train_small(others, params, steps=params.fold_steps, **places)
+        panns.save(detector, out / str(fold))
+        for clip_id, clip in clips.clips.items():
+            if fold_of[clip_id] == fold and {class_of(mid).index for mid in clip.labels} <= set(others.class_indices):
+                unseen[clip_id] = fold
+    write_json(out / "folds.json", unseen)
+    return {"folds": params.folds, "clips_unseen": len(unseen), "clips_seen": len(clips.clips) - len(unseen)}
+
+
+def train_small(data: WeakLabels, params: SedParams, *, steps: int, scratch: Path, curve: Path) -> SmallCnn:
+    """Train the small network on these weak labels."""
     torch.manual_seed(params.seed)
-    network = SmallCnn(class_indices=class_indices, channels=params.channels, embedding_dim=params.embedding_dim)
+    network = SmallCnn(class_indices=data.class_indices, channels=params.channels, embedding_dim=params.embedding_dim)
     device = choose_device(params.device)
     network.to(device)
 
@@ -140,8 +209,8 @@ def train_small(clips: ClipReader, params: SedParams, *, clip_samples: int, scra
         build_optimizer("adam", network.parameters(), params.learning_rate),
         load,
         loss,
-        steps=params.steps,
-        learning_rate=lambda n: learning_rate_factor(n, warmup=warmup, decay="cosine", steps=params.steps),
+        steps=steps,
+        learning_rate=lambda n: learning_rate_factor(n, warmup=warmup, decay="cosine", steps=steps),
         gradient_clip=0.0,
         seed=params.seed,
         describe=lambda n: f"number {n} of seed {params.seed}",
@@ -190,7 +259,7 @@ def mean_average_precision(detector: Detector, clips: ClipReader, *, clip_sample
 def sed(
     train: Path, evaluation: Path, out: Path, curve: Path, *, audio: AudioParams, params: SedParams
 ) -> dict[str, Any]:
-    """Write `<out>/detector` and `<out>/query`; return the detector's scores on the eval clips."""
+    """Write `<out>/detector`, `<out>/query` and `<out>/folds`; return the detector's scores on the eval clips."""
     if audio.sample_rate != NETWORK_SAMPLE_RATE:
         raise ValueError(f"audio.sample_rate is {audio.sample_rate}; these networks hear {NETWORK_SAMPLE_RATE} Hz")
     keep_freed_memory()
@@ -199,9 +268,14 @@ def sed(
     clip_samples = round(audio.clip_seconds * audio.sample_rate)
     scratch = scratch_dir("sed", fingerprint(audio, params, train / "manifest.csv", evaluation / "manifest.csv"))
     small: SmallCnn | None = None
+    cross_fitted: dict[str, Any] = {"folds": 0}
     if params.weights is None or params.query_weights is None:
         clips = ClipReader(train, audio.sample_rate)
-        small = train_small(clips, params, clip_samples=clip_samples, scratch=scratch, curve=curve)
+        class_indices = sorted({class_of(mid).index for clip in clips.clips.values() for mid in clip.labels})
+        data = WeakLabels(clips, class_indices, scratch / "log_mel.npy", clip_samples=clip_samples)
+        small = train_small(data, params, steps=params.steps, scratch=scratch, curve=curve)
+        if params.weights is None and params.folds:
+            cross_fitted = train_folds(data, clips, params, scratch, scratch / "finished" / "folds")
     else:
         write_curve(curve, [])
     networks: dict[str, nn.Module] = {}
@@ -221,6 +295,7 @@ def sed(
     summary = mean_average_precision(detector, ClipReader(evaluation, audio.sample_rate), clip_samples=clip_samples)
     summary["detector"] = "small" if params.weights is None else Path(params.weights).name
     summary["query"] = "small" if params.query_weights is None else Path(params.query_weights).name
+    summary["cross_fitted"] = cross_fitted  # the detectors that cut the anchors of the train split
     publish(scratch / "finished", out)
     shutil.rmtree(scratch)
     return summary
