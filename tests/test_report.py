@@ -19,7 +19,7 @@ from scipy.io import wavfile
 from pipeline import ontology
 from pipeline.reporting import charts, encoder, page, sounds, tables
 from pipeline.reporting.gates import GateParams
-from pipeline.reporting.inputs import flat_scalars, read_split
+from pipeline.reporting.inputs import SplitData, ThinClass, flat_scalars, read_split
 from pipeline.reporting.provenance import code, data_hash, hardware, profile
 from pipeline.reporting.scores import read_scores
 from pipeline.reporting.statistics import (
@@ -44,7 +44,7 @@ separators:
   resunet: {architecture: resunet, weights: null, model: {n_fft: 1024}}
 mae_separators: {}
 pretrain_mae: {weights: null, weights_format: audiomae, steps: 5, model: {dim: 64, depth: 4}}
-report: {bootstrap_resamples: 50, bootstrap_seed: 0}
+report: {bootstrap_resamples: 50, bootstrap_seed: 0, min_targets: 5, max_lost: 0.5}
 gate:
   resunet.average.sdri_class_mean_mean: {min: 3.0}
   resunet.average.n_nan: {max: 0}
@@ -154,6 +154,7 @@ def write_data(root, scores):
         (data / "anchors" / split / "index.json").write_text(json.dumps({"classes": 3, "empty_classes": empty}))
         (data / "pairs" / split).mkdir(parents=True)
         pairs["clamped"] = pairs["pair"] == 0
+        pairs["target"] = pairs["target_clip"]
         pairs.to_parquet(data / "pairs" / split / "pairs.parquet")
         (reports / f"resample_{split}.json").write_text(json.dumps({"kept": 17, "reasons": {"silent": 1}}))
     (data / "manifest" / "missing.csv").write_text(
@@ -935,3 +936,35 @@ def test_the_csv_is_tidy(run):
     scores = make_scores().assign(model="resunet")
     summary = summarise(scores, names_of(scores), n_resamples=5, seed=0)
     assert per_class_csv(summary.per_class).count("\n") == 7
+
+
+# ------------------------------------------------------------------------------------- classes with little behind them
+
+
+def test_classes_of_few_targets_or_few_of_their_clips_are_named():
+    split = SplitData(
+        "eval",
+        class_clips={"few": 9, "lost": 10, "half": 10, "fine": 9, "gone": 3},
+        class_anchors={"few": 9, "lost": 4, "half": 5, "fine": 9},
+        class_targets={"few": 4, "lost": 4, "half": 5, "fine": 9},
+        class_pairs={"few": 20, "lost": 4, "half": 20, "fine": 20},  # four pairs have no more than four targets
+    )
+    thin = split.thin_classes(min_targets=5, max_lost=0.5)
+    assert thin == [ThinClass("few", 9, 9, 4), ThinClass("gone", 3, 0, 0), ThinClass("lost", 10, 4, 4)]
+    assert split.thin_classes(min_targets=0, max_lost=1.0) == []
+    assert [row.mid for row in split.thin_classes(min_targets=0, max_lost=0.4)] == ["gone", "half", "lost"]
+    assert SplitData("eval", class_clips={"few": 9}).thin_classes(min_targets=5, max_lost=0.5) == []
+
+
+def test_the_page_names_them_and_the_repeated_pairs(tmp_path):
+    places, params = make_run(tmp_path)
+    summary = json.loads((places.summaries / "pairs_eval.json").read_text())
+    (places.summaries / "pairs_eval.json").write_text(json.dumps({**summary, "repeats_by_class": {"Zither": 3}}))
+    report(places, tmp_path / "reports", params)
+    page = (tmp_path / "reports" / "report.html").read_text()
+    names = page.split("<h3>eval: classes with little behind them</h3>")[1].split("</table>")[0]
+    # Of the first class' 20 clips 4 became anchors; each class has 3 distinct targets in 4 pairs.
+    cells = '<td class="n">20</td><td class="n">4</td><td class="n">3</td>'
+    assert f"<tr><th>{CLASSES[0].name}</th>{cells}</tr>" in names
+    assert "Fewer than 5 distinct targets, or more than 50 % of the clips lost" in names
+    assert "Zither 3" in page

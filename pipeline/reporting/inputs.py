@@ -1,5 +1,6 @@
 """What the data stages left behind, counted for the report. A stage that was not run leaves None, never a guess."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,16 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class ThinClass:
+    """A class of few distinct targets, or that lost most of its clips."""
+
+    mid: str
+    clips: int  # in the metadata
+    anchors: int
+    targets: int  # distinct ones among its pairs
+
+
+@dataclass(frozen=True)
 class SplitData:
     """One split, from its metadata to its pairs. None where a stage has left nothing."""
 
@@ -56,6 +67,26 @@ class SplitData:
     purity: Float[np.ndarray, " anchors"] | None = None
     pairs: int | None = None
     gain_clamped: int | None = None
+    class_clips: Mapping[str, int] = field(default_factory=dict)  # clips of the metadata, by mid
+    class_anchors: Mapping[str, int] | None = None  # by mid
+    class_targets: Mapping[str, int] | None = None  # distinct target anchors of the pairs, by mid
+    class_pairs: Mapping[str, int] | None = None  # by mid
+
+    def thin_classes(self, *, min_targets: int, max_lost: float) -> list[ThinClass]:
+        """Classes that the results rest on too little for, sorted by mid; none where a stage has left nothing.
+
+        Such a class has fewer distinct targets than `min_targets` (and than pairs), or lost more than the share
+        `max_lost` of its clips between the metadata and the anchors.
+        """
+        if self.class_anchors is None or self.class_targets is None or self.class_pairs is None:
+            return []
+        thin = list[ThinClass]()
+        for mid, clips in sorted(self.class_clips.items()):
+            anchors, targets = self.class_anchors.get(mid, 0), self.class_targets.get(mid, 0)
+            few = targets < min(min_targets, self.class_pairs.get(mid, min_targets))
+            if few or clips - anchors > max_lost * clips:
+                thin.append(ThinClass(mid, clips, anchors, targets))
+        return thin
 
     @property
     def clips_listed(self) -> int | None:
@@ -87,6 +118,9 @@ def read_split(split: str, *, manifest: Path, clips: Path, anchors: Path, pairs:
     if missing is not None:
         missing = missing[missing["split"] == split]
         found["clips_missing"] = len(missing)
+    found["class_clips"] = Counter(
+        mid for table in (listed, missing) if table is not None for labels in table["labels"] for mid in _split(labels)
+    )
     clip_table = _table(clips / split / "manifest.csv", ["clip_id", "status"])
     if clip_table is not None:
         gone = clip_table["status"] == "missing"  # it was there when the manifest was made
@@ -103,15 +137,18 @@ def read_split(split: str, *, manifest: Path, clips: Path, anchors: Path, pairs:
         table = pd.read_parquet(index, columns=["mid", "purity"])
         with_anchors = set(table["mid"])
         found["anchors"] = len(table)
+        found["class_anchors"] = table["mid"].value_counts().to_dict()
         found["classes_with_anchors"] = len(with_anchors)
         found["purity"] = table["purity"].to_numpy(dtype=float)
         header = read_json(anchors / split / "index.json")
         # A class whose clips are all missing or quarantined never came as far as the anchors' own list.
-        named = {mid for table in (listed, missing) if table is not None for mid in _labels(table)}
+        named = set(found["class_clips"])
         found["classes_without_anchors"] = sorted((named - with_anchors) | set(header["empty_classes"]))
     if (path := pairs / split / "pairs.parquet").is_file():
-        table = pd.read_parquet(path, columns=["mid", "clamped"])
+        table = pd.read_parquet(path, columns=["mid", "target", "clamped"])
         found["pairs"] = len(table)
+        found["class_pairs"] = table["mid"].value_counts().to_dict()
+        found["class_targets"] = table.groupby("mid")["target"].nunique().to_dict()
         found["gain_clamped"] = int(table["clamped"].sum())
         if with_anchors is not None:
             found["classes_without_pairs"] = sorted(with_anchors - set(table["mid"]))
@@ -186,9 +223,9 @@ def _table(path: Path, columns: list[str]) -> pd.DataFrame | None:
     return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns) if path.is_file() else None
 
 
-def _labels(table: pd.DataFrame) -> set[str]:
-    """All mids of a manifest's labels, which are joined by ;."""
-    return {mid for labels in table["labels"].unique() for mid in str(labels).split(";") if mid}
+def _split(labels: str) -> set[str]:
+    """The mids of one cell of a manifest, which are joined by ;."""
+    return set(filter(None, labels.split(";")))
 
 
 def _len(names: list[str] | None) -> int | None:

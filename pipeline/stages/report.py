@@ -54,6 +54,8 @@ class ReportParams(Params):
 
     bootstrap_resamples: int = Field(gt=1)
     bootstrap_seed: int = Field(ge=0)
+    min_targets: int = Field(ge=0)
+    max_lost: float = Field(ge=0, le=1)
 
 
 class Context(Params):
@@ -356,10 +358,7 @@ def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence
         elif model not in trained:
             notes[model] = "no training curve was left"
         else:
-            own = TrainContext.model_validate(
-                {**settings.train.model_dump(), **settings.separators[model].get("train", {})}
-            )
-            notes[model] = f"{own.steps:,} steps of {own.batch_size} mixtures"
+            notes[model] = f"{settings.train.steps:,} steps of {settings.train.batch_size} mixtures"
     return notes
 
 
@@ -501,7 +500,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "best_assignment": bound,
         "warnings": warnings,
         **_music_context(unsupervised, music_curves, music_tables, pretraining_music, drawings, settings.music),
-        **_class_context(summary.per_class, splits),
+        **_class_context(summary.per_class, splits, settings.report),
         **_stage_context(places, models, unsupervised, timings),
     }
     filters = {"db": tables.db, "interval": tables.interval, "cell": tables.cell, "p_value": tables.p_value}
@@ -518,7 +517,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     return metrics
 
 
-def _class_context(per_class: Any, splits: Sequence[SplitData]) -> dict[str, Any]:
+def _class_context(per_class: Any, splits: Sequence[SplitData], params: ReportParams) -> dict[str, Any]:
     titles, rows = page.class_table(per_class)
     evaluation = next(split for split in splits if split.split == "eval")
     without = sorted({*(evaluation.classes_without_anchors or []), *(evaluation.classes_without_pairs or [])})
@@ -527,6 +526,13 @@ def _class_context(per_class: Any, splits: Sequence[SplitData]) -> dict[str, Any
         "class_rows": rows,
         "eval_without": sorted(_names(without)),
         "without_anchors": {split.split: sorted(_names(split.classes_without_anchors)) for split in splits},
+        "thin_classes": {
+            split.split: split.thin_classes(min_targets=params.min_targets, max_lost=params.max_lost)
+            for split in splits
+        },
+        "min_targets": params.min_targets,
+        "max_lost": params.max_lost,
+        "class_names": {c.mid: c.name for c in ontology.classes()},
         "without_pairs": {split.split: sorted(_names(split.classes_without_pairs)) for split in splits},
     }
 
@@ -590,6 +596,7 @@ def _stage_context(
         "not_run": [name for name, value in summaries.items() if value is None],
         "detector_map": detector,
         "overlap": (summaries["pairs_eval"] or {}).get("overlap"),
+        "repeats": {split: (summaries[f"pairs_{split}"] or {}).get("repeats_by_class") for split in SPLITS},
         "overlap_free": (summaries["pairs_eval"] or {}).get("overlap_without_exclusion"),
         "timings": {
             stage: {
