@@ -1,8 +1,8 @@
 """Training objectives: one value per item of the batch, lower is better.
 
-`l1_loss` compares an estimate with its target. The others train without targets, on mixtures of mixtures: the network
-is given the sum x of several mixtures x_m and returns N estimates s_n, which `mixit_loss` sorts back into the mixtures
-(Wisdom et al., "Unsupervised sound separation using mixture invariant training", arXiv:2006.12701):
+Those of `SEPARATION` compare an estimate with its target. The others train without targets, on mixtures of mixtures:
+the network is given the sum x of several mixtures x_m and returns N estimates s_n, which `mixit_loss` sorts back into
+the mixtures (Wisdom et al., "Unsupervised sound separation using mixture invariant training", arXiv:2006.12701):
 
     loss = min_A mean_m l(x_m, [A s]_m),   A in {0, 1}^(M x N) with a single 1 per column: M^N assignments
 
@@ -21,8 +21,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
+
+from pipeline.features import pad_to, stft
 
 Objective = Literal["snr", "si_snr", "mse"]
 Search = Literal["exact", "least_squares"]
@@ -35,6 +37,8 @@ MAX_ASSIGNMENTS = 2**20  # of an exact search: 8 MiB per item and table. 20 sour
 ENERGY_EPSILON = 1e-8
 RATIO_EPSILON = 1e-8  # of SI-SNR: a remix without a trace of its mixture, silence included, costs 80 dB
 SILENCE_RATIO = 1e-3  # a mixture 30 dB below the sum of all is measured against that level, not against its own
+
+ERROR_FLOOR = 1e-3  # of an error's power beside its mixture's: what is 30 dB below is good enough
 
 # Of least squares, relative to each source's own energy. Small enough to leave float64 solutions of distinct sources
 # alone; equal sources share their weight because of it, where the plain normal equations have no solution.
@@ -56,16 +60,103 @@ def l1_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch 
     return (estimate - target).abs().mean(dim=-1)
 
 
-def separation_loss(
-    name: str, estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]
+def level(mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch 1"]:
+    """Measure the RMS of each mixture; silence has 1e-6, -120 dBFS, so that nothing is divided by nothing."""
+    return mixture.square().mean(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
+
+
+def rms_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+    """Root mean square of the difference, of signals in units of their mixture's level, down to 30 dB below it.
+
+    Between a mean square, which the worst items of a batch rule, and its logarithm, which near-silent ones do.
+    """
+    return ((estimate - target).square().mean(dim=-1) + ERROR_FLOOR).sqrt()
+
+
+def snr_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+    """Power of the difference in dB, of signals in units of their mixture's level, down to 30 dB below it.
+
+    The negative SNR up to a constant of the target. A silent target is no worse than another: its error is measured
+    against the mixture.
+    """
+    return 10 * torch.log10((estimate - target).square().mean(dim=-1) + ERROR_FLOOR)
+
+
+def si_snr_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+    """Negative SI-SNR in dB (Le Roux et al. 2019, means kept), of signals in units of their mixture's level.
+
+    Both powers have a floor 30 dB below the mixture: an estimate of silence, right or wrong, is about 0 dB.
+    """
+    scale = (estimate * target).sum(dim=-1, keepdim=True) / (target.square().sum(dim=-1, keepdim=True) + ENERGY_EPSILON)
+    wanted = scale * target
+    error = (estimate - wanted).square().mean(dim=-1)
+    return -10 * torch.log10((wanted.square().mean(dim=-1) + ERROR_FLOOR) / (error + ERROR_FLOOR))
+
+
+def spectral_loss(
+    estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]
 ) -> Float[Tensor, " batch"]:
-    """Compute the objective of that name, one value per item; ValueError for a name that is not in `SEPARATION`."""
+    """Mean square difference of compressed spectra, of magnitudes and, weighing half, of complex numbers.
+
+    |X|^0.3 and its phase in windows of 1,024 samples (Ephrat et al. 2018; Braun and Tashev 2021), of signals in units
+    of their mixture's level.
+    """
+    pairs = [_compressed(signal, n_fft=1024, exponent=0.3) for signal in (estimate, target)]
+    (magnitude, spectrum), (wanted_magnitude, wanted_spectrum) = pairs
+    difference = spectrum - wanted_spectrum
+    terms = (magnitude - wanted_magnitude).square() + 0.5 * (difference.real.square() + difference.imag.square())
+    return terms.mean(dim=(1, 2))
+
+
+def mrstft_loss(estimate: Float[Tensor, "batch time"], target: Float[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+    """Mean magnitude of the spectra of the difference in windows of 512, 1,024 and 2,048 samples, in units of noise."""
+    spectra = [_spectrum(estimate - target, n_fft) for n_fft in (512, 1024, 2048)]
+    return torch.stack([spectrum.abs().mean(dim=(1, 2)) for spectrum in spectra]).mean(dim=0)
+
+
+def _spectrum(waveform: Float[Tensor, "batch time"], n_fft: int) -> Complex[Tensor, "batch frames bins"]:
+    """STFT at a quarter of a window, in units of white noise with an RMS of 1; short waveforms get silence behind."""
+    padded = pad_to(waveform, n_fft // 2 + 1)
+    return stft(padded, n_fft=n_fft, hop_length=n_fft // 4) * (3 / 8 * n_fft) ** -0.5
+
+
+def _compressed(
+    waveform: Float[Tensor, "batch time"], *, n_fft: int, exponent: float
+) -> tuple[Float[Tensor, "batch frames bins"], Complex[Tensor, "batch frames bins"]]:
+    """|X|^exponent, and the same with X's phase; bins 60 dB below noise count as silent."""
+    spectrum = _spectrum(waveform, n_fft)
+    power = spectrum.real.square() + spectrum.imag.square() + 1e-6
+    return power ** (exponent / 2), spectrum * power ** ((exponent - 1) / 2)
+
+
+def separation_loss(
+    name: str,
+    estimate: Float[Tensor, "batch time"],
+    target: Float[Tensor, "batch time"],
+    mixture: Float[Tensor, "batch longer"],
+) -> Float[Tensor, " batch"]:
+    """Compute the objective of that name, one value per item; ValueError for a name that is not in `SEPARATION`.
+
+    `mixture` is whole where estimate and target are a part of it: the level of what is asked for in a part says little
+    of how much it matters. All objectives but `l1` are of signals divided by the mixture's level.
+    """
     if name not in SEPARATION:
         raise ValueError(f"there is no objective {name!r}; there are {', '.join(SEPARATION)}")
-    return SEPARATION[name](estimate, target)
+    if name == "l1":
+        return l1_loss(estimate, target)
+    unit = level(mixture)
+    return SEPARATION[name](estimate / unit, target / unit)
 
 
-SEPARATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1_loss}
+SEPARATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1_loss,
+    "l1_level": l1_loss,
+    "rms": rms_loss,
+    "snr": snr_loss,
+    "si_snr": si_snr_loss,
+    "spectral": spectral_loss,
+    "mrstft": mrstft_loss,
+}
 """Objectives that compare an estimate (batch, time) with its target, by their names in `train.loss_weights`."""
 
 

@@ -95,7 +95,7 @@ def test_the_graph_runs_and_its_report_is_whole(project):
     assert "the intervals are points" in table  # one pair per class
     assert "the intervals are points" in page
     with_features = ("mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer")
-    models = ("resunet", *with_features)
+    models = ("resunet", "bandsplit", *with_features)
     assert all(metrics[f"{model}.average.n_pairs"] == 24 for model in models)
     assert metrics["mae_resunet.probe_difference_map"] == 0  # frozen
     assert metrics["mae_resunet.n_trainable"] < metrics["mae_resunet_updated.n_trainable"]

@@ -180,6 +180,7 @@ def assert_fits_every_stage(profile: Path) -> None:
     for name in document["separators"]:
         entry = load_params(f"separators.{name}", train_separator.SeparatorParams, profile)
         load_params(f"separators.{name}.model", model_params(entry.architecture), profile)
+        load_params("train", train_separator.TrainParams, profile, over=f"separators.{name}.train")
     for name in document["mae_separators"]:
         mae = load_params(f"mae_separators.{name}", train_separator.MaeSeparatorParams, profile)
         load_params(mae.unet, model_params("resunet"), profile)

@@ -22,6 +22,7 @@ from pipeline.losses import (
     mixit_loss,
     mixture_consistency,
     remix,
+    separation_loss,
     sparsity_loss,
 )
 from tests.golden.fill import arrays
@@ -111,6 +112,74 @@ def test_l1_loss_keeps_its_items_apart():
     l1_loss(estimate, torch.zeros(2, 50))[0].backward()
     assert estimate.grad[0].abs().allclose(torch.tensor(1 / 50))
     assert not estimate.grad[1].any()
+
+
+# --- objectives of estimates with a target
+
+
+def sounds():
+    """Estimates, targets and whole mixtures of which they are a part."""
+    estimate, target, rest = (noise(3, 3000, seed=seed).float() for seed in range(3))
+    return 0.3 * estimate + target, target, torch.cat([target, rest], dim=1)
+
+
+each_objective = pytest.mark.parametrize("name", sorted(losses.SEPARATION))
+
+
+@each_objective
+def test_an_objective_is_lowest_for_the_target_and_has_one_value_per_item(name):
+    estimate, target, mixture = sounds()
+    found = separation_loss(name, estimate, target, mixture)
+    assert found.shape == (3,)
+    assert (separation_loss(name, target, target, mixture) < found).all()
+    assert (found < separation_loss(name, torch.zeros_like(target), target, mixture)).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.SEPARATION) - {"l1"}))
+def test_an_objective_but_plain_l1_does_not_depend_on_the_level(name):
+    estimate, target, mixture = sounds()
+    found = separation_loss(name, estimate, target, mixture)
+    torch.testing.assert_close(separation_loss(name, estimate / 64, target / 64, mixture / 64), found)
+
+
+@each_objective
+def test_an_objective_of_silence_is_finite_with_its_gradient(name):
+    estimate = torch.zeros(2, 700, requires_grad=True)
+    found = separation_loss(name, estimate, torch.zeros(2, 700), torch.zeros(2, 700))
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert estimate.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1", 0.6),
+        ("l1_level", 0.3),  # the mixture's RMS is 2
+        ("rms", math.sqrt(0.09 + 1e-3)),
+        ("snr", 10 * math.log10(0.09 + 1e-3)),
+        # The estimate is 1.6 times the target, or of no shape: only rounding is no part of it.
+        ("si_snr", -10 * math.log10((0.64 + 1e-3) / 1e-3)),
+    ],
+)
+def test_an_objective_of_a_square_wave_is_what_its_formula_says(name, expected):
+    target = torch.tensor([1.0, -1.0]).repeat(50)[None]
+    found = separation_loss(name, 1.6 * target, target, 2 * target)
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-4, atol=1e-4)
+
+
+def test_spectra_of_noise_are_measured_in_units_of_its_level():
+    error = noise(1, 64000).float()
+    silence = torch.zeros_like(error)
+    found = separation_loss("mrstft", error, silence, error).item()
+    assert found == pytest.approx(math.sqrt(math.pi) / 2, rel=0.02)  # mean of a Rayleigh distribution
+    opposite = separation_loss("spectral", error, -error, error).item()
+    assert opposite == pytest.approx(0.5 * 4 * math.gamma(1.3), rel=0.02)  # magnitudes are right: R^0.6 of Rayleigh's R
+
+
+def test_an_unknown_objective_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no objective 'l2'; there are l1, l1_level, rms, snr, si_snr, spectral"):
+        separation_loss("l2", *sounds())
 
 
 # --- mixit_loss against brute force

@@ -373,6 +373,7 @@ PARAMS = TrainParams(
     decay="cosine",
     loss_weights={"l1": 1.0, "interferer": 0.1},
     gradient_clip=1.0,
+    ema=0.0,
     precision="fp32",
     device="cpu",
     log_every_steps=2,

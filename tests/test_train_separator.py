@@ -35,6 +35,7 @@ PARAMS = TrainParams(
     decay="cosine",
     loss_weights={"l1": 1.0},
     gradient_clip=0.0,
+    ema=0.0,
     precision="fp32",
     device="cpu",
     log_every_steps=2,
@@ -74,6 +75,14 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(anchors, tmp_
     one, two, other = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two", "other"))
     assert one == two
     assert one != other
+
+
+def test_averaged_weights_are_others_than_the_last_ones(anchors, tmp_path):
+    run(anchors, tmp_path / "last")
+    run(anchors, tmp_path / "mean", ema=0.5)
+    last, mean = (load_file(tmp_path / name / "weights.safetensors") for name in ("last", "mean"))
+    assert not torch.equal(last["unet.leave.weight"], mean["unet.leave.weight"])
+    assert (tmp_path / "last.csv").read_bytes() == (tmp_path / "mean.csv").read_bytes()
 
 
 def test_bfloat16_trains_too(anchors, tmp_path):
@@ -138,8 +147,8 @@ PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
 train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, optimizer: adamw, learning_rate: 3e-3,
   warmup: [[0, 1.0]], decay: none, loss_weights: {l1: 1.0},
-  gradient_clip: 0.0, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
-separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null,
+  gradient_clip: 0.0, ema: 0.9, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
+separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null, train: {},
   model: {n_fft: 256, hop_length: 64, channels: [4, 4, 4, 4, 4, 4],
   norm_momentum: 0.1, phase_bias: 1.0}}}
 """
@@ -185,6 +194,7 @@ def test_killed_and_run_again_it_gives_the_same_bytes(anchors, tmp_path):
             "train.learning_rate: Input should be a valid number (got 'fast')",
         ),
         ("n_fft: 256", "n_fft: 256.5", "separators.tiny.model.n_fft: Input should be a valid integer (got 256.5)"),
+        ("train: {}", "train: {steps: 0}", "separators.tiny.train.steps: Input should be greater than 0 (got 0)"),
         ("n_fft: 256, ", "", "separators.tiny.model.n_fft: Field required"),
     ],
 )

@@ -78,7 +78,9 @@ class QuerySeparator(nn.Module):
         shared = self.shared(batch.mixture)
         estimate = self(batch.mixture, batch.query, batch.part, **shared)
         with torch.autocast(estimate.device.type, enabled=False):
-            terms = {name: separation_loss(name, estimate.float(), batch.target).mean() for name in objectives}
+            terms = {
+                name: separation_loss(name, estimate.float(), batch.target, batch.mixture).mean() for name in objectives
+            }
         return terms | self.auxiliary_losses(batch, **shared)
 
     def auxiliary_losses(self, batch: Batch, **shared: Tensor) -> dict[str, Tensor]:

@@ -358,7 +358,10 @@ def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence
         elif model not in trained:
             notes[model] = "no training curve was left"
         else:
-            notes[model] = f"{settings.train.steps:,} steps of {settings.train.batch_size} mixtures"
+            own = TrainContext.model_validate(
+                {**settings.train.model_dump(), **settings.separators[model].get("train", {})}
+            )
+            notes[model] = f"{own.steps:,} steps of {own.batch_size} mixtures"
     return notes
 
 

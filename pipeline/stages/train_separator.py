@@ -6,7 +6,8 @@ The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, s
 were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of (seed, n): a killed
 run goes on from its checkpoint to the weights it would have had.
 
-All entries meet the same mixtures in the same order, and their U-Nets begin with the same weights.
+All entries that change nothing of `train` meet the same mixtures in the same order, and their U-Nets begin with the
+same weights. An entry of `separators:` may replace keys of `train` by its own: its steps, its objectives.
 
 An entry of `separators:` with `weights` is not trained: a published checkpoint is checked, converted and written in the
 same form. An entry of `mae_separators:` names where in params.yaml its U-Net's sizes and its settings are.
@@ -69,6 +70,7 @@ class TrainParams(Params):
     decay: Literal["none", "cosine"]
     loss_weights: dict[str, Annotated[float, Field(ge=0)]]
     gradient_clip: float = Field(ge=0)
+    ema: float = Field(ge=0, lt=1)
     precision: Precision
     device: Literal["auto", "cpu", "cuda"]
     log_every_steps: int = Field(gt=0)
@@ -100,6 +102,7 @@ class SeparatorParams(Params):
     architecture: str
     weights: str | None
     weights_sha256: str | None
+    train: dict[str, Any]  # what replaces keys of the section `train`
     model: dict[str, Any]
 
 
@@ -192,6 +195,7 @@ def train(
         steps=params.steps,
         learning_rate=lambda n: learning_rate_factor(n, warmup=params.warmup, decay=params.decay, steps=params.steps),
         gradient_clip=params.gradient_clip,
+        ema=params.ema,
         seed=params.seed,
         describe=batches.describe,
         scratch=scratch,
@@ -300,7 +304,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
-    params = load_params("train", TrainParams)
+    over = f"separators.{args.name}.train" if args.section == "separators" else None
+    params = load_params("train", TrainParams, over=over)
     pairs = load_params("pairs", PairsParams)
     found = plan(args.name, args.section, args.pretrained)
     with running(f"train_separator@{args.name}", args.out) as told:
