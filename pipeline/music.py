@@ -20,23 +20,22 @@ torch: processes that only read audio load it.
 import hashlib
 import json
 import os
-import re
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
-import soundfile
 from jaxtyping import Float32, Int64
 from pydantic import Field, model_validator
 
-from pipeline.audio import MAX_PEAK, MAX_RATE, MIN_RATE, BadClip, Reason, is_below, level_db, locate, resample
+from pipeline.audio import MAX_PEAK, is_below, level_db, locate, open_recording, resample
+from pipeline.audio.recording import BadClip, Decoder, Reason, Recording
 from pipeline.config import Params
 from pipeline.datasets.music import Subset, Track, split_stream
 from pipeline.stem_mp4 import StemStream
@@ -186,88 +185,71 @@ def _blaming(path: str) -> Iterator[None]:
         yield
     except BadClip as bad:
         raise BadFile(path, bad.reason, bad.detail) from None
-    except soundfile.LibsndfileError as error:
-        # Not str(error): that has the whole path in it.
-        raise BadFile(path, "undecodable", error.error_string.strip().rstrip(".")) from None
     except OSError as error:
         raise BadFile(path, "unreadable", os.strerror(error.errno or 0)) from None
 
 
-class _Sound(ABC):
-    """An open sound, of which pieces are read as mono (the mean of the channels). BadFile for whatever is wrong."""
+class _Sound:
+    """An open sound, of which pieces are read as mono. BadFile for whatever is wrong."""
 
-    path: str
-    frames: int
-    rate: int
+    def __init__(self, path: str, recording: Recording) -> None:
+        self.path, self._recording, self.rate = path, recording, recording.rate
+        self.antiphase = False
+        """Whether a channel stands in for a mean that cancels in what has been read."""
+
+    @cached_property
+    def frames(self) -> int:
+        """Frames from beginning to end, none of which is missing."""
+        with _blaming(self.path):
+            frames, promised = self._recording.frames, self._recording.promised()
+            if not frames:
+                raise BadClip("no_samples")
+            if frames < 0.99 * promised:
+                raise BadClip("truncated", f"{frames} frames of {promised:.0f}")
+        return frames
 
     def read(self, start: int, frames: int) -> Float32[np.ndarray, " frames"]:
         """`frames` from `start` on, zeros behind the end of the file."""
         mono = np.zeros(frames, np.float32)
-        wanted = max(0, min(frames, self.frames - start))
-        if not wanted:
-            return mono
         with _blaming(self.path):
-            block = self._channels(start, wanted)
-            share = np.float32(1 / block.shape[1])
-            for channel in range(block.shape[1]):
-                mono[:wanted] += share * block[:, channel]
+            piece = self._recording.read(start, frames)
+            if len(piece) < frames and start + len(piece) < self.frames:
+                raise BadClip("truncated", f"{start + len(piece)} frames of {self.frames}")
+            mono[: len(piece)] = piece
             peak = max(float(mono.max()), -float(mono.min()))
             if not np.isfinite(peak):
                 raise BadClip("non_finite")
             if peak > MAX_PEAK:
                 raise BadClip("peak_out_of_range", f"{peak:.3g} times full scale")
+        self.antiphase = self.antiphase or self._recording.cancelled
         return mono
 
-    @abstractmethod
-    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
-        """These frames, all of which lie before the end; BadClip."""
-
-    @abstractmethod
     def close(self) -> None:
-        """A sound that is not closed goes with the object."""
+        """Let go of files and processes."""
+        self._recording.close()
 
 
-class _File(_Sound):
-    """A file that libsndfile decodes."""
+class _StreamDecoder(Decoder):
+    """A stream of a .stem.mp4 as the decoder of a recording."""
 
-    def __init__(self, root: Path, path: str) -> None:
-        self.path = path
-        with _blaming(path):
-            self._file = soundfile.SoundFile(locate(root, path))
-            self.frames, self.rate = int(self._file.frames), int(self._file.samplerate)
-            if not MIN_RATE <= self.rate <= MAX_RATE:
-                raise BadClip("rate_out_of_bounds", f"{self.rate} Hz")
-            if not self.frames:
-                raise BadClip("no_samples")
-            # libsndfile cuts the length of an unfinished wav to what is there, and tells its log alone. A length
-            # near 2^32 was written by somebody who could not know it.
-            if found := re.search(r"^data : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE):
-                stated, there = int(found[1]), int(found[2])
-                if there < 0.99 * stated and stated < 0x7FFF_0000:
-                    raise BadClip("truncated", f"{there} bytes of {stated}")
+    def __init__(self, stream: StemStream) -> None:
+        self._stream, self._at = stream, 0
+        self.rate, self.channels = stream.rate, stream.channels
 
-    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
-        self._file.seek(start)
-        block = self._file.read(frames, dtype="float32", always_2d=True)
-        if len(block) < frames:
-            raise BadClip("truncated", f"{start + len(block)} frames of {self.frames}")
-        return block
+    def seek(self, frame: int) -> None:
+        self._at = min(frame, self.frames)
 
-    def close(self) -> None:
-        self._file.close()
+    def read(self, frames: int) -> tuple[Float32[np.ndarray, "frames channels"], float]:
+        block = self._stream.read(self._at, min(frames, self.frames - self._at))
+        self._at += len(block)
+        return block, 1.0
 
+    @property
+    def frames(self) -> int:
+        return self._stream.frames
 
-class _Stream(_Sound):
-    """An audio stream of a .stem.mp4."""
-
-    def __init__(self, root: Path, path: str, file: str, stream: int) -> None:
-        self.path = path
-        with _blaming(path):
-            self._stream = StemStream(locate(root, file), stream)
-        self.frames, self.rate = self._stream.frames, self._stream.rate
-
-    def _channels(self, start: int, frames: int) -> Float32[np.ndarray, "frames channels"]:
-        return self._stream.read(start, frames)
+    def promised(self) -> float:
+        return float(self.frames)
 
     def close(self) -> None:
         self._stream.close()
@@ -276,7 +258,10 @@ class _Stream(_Sound):
 def _open(root: Path, path: str) -> _Sound:
     """The sound at a path of a Track."""
     file, stream = split_stream(path)
-    return _File(root, path) if stream is None else _Stream(root, path, file, stream)
+    with _blaming(path):
+        if stream is None:
+            return _Sound(path, open_recording(locate(root, path)))
+        return _Sound(path, Recording(_StreamDecoder(StemStream(locate(root, file), stream))))
 
 
 def _rms(waveform: Signal) -> float:
@@ -306,7 +291,8 @@ class Passed:
     """What segments() left out, and why."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """silent_segments, short_tracks (without one whole window) and, by reason, quarantined_<reason>."""
+    """silent_segments, short_tracks (without one whole window), antiphase_tracks (with a file of which one channel is
+    taken somewhere, because the mean of all cancels) and, by reason, quarantined_<reason>."""
 
     quarantine: list[Quarantined] = field(default_factory=list)
     """By track_id."""
@@ -365,7 +351,8 @@ def scan(
             rate = next(iter(files.values())).rate
             if other := next((file for file in files.values() if file.rate != rate), None):
                 raise BadFile(other.path, "rate_out_of_bounds", f"{other.rate} Hz, and others of its track {rate}")
-            total = files[track.mixture].frames if track.mixture else max(file.frames for file in files.values())
+            lengths = {path: file.frames for path, file in files.items()}
+            total = lengths[track.mixture] if track.mixture else max(lengths.values())
             frames, hop = max(1, round(seconds * rate)), max(1, round(hop_seconds * rate))
             for offset, length, is_window in _blocks(total, frames, hop):
                 sums: list[Signal] = []
@@ -398,6 +385,8 @@ def scan(
                 )
         except BadFile as bad:
             return [], Quarantined(track.track_id, bad.path, bad.reason, bad.detail)
+        if any(file.antiphase for file in files.values()):
+            local["antiphase_tracks"] += 1
     if total < frames:
         local["short_tracks"] += 1
     counts.update(local)

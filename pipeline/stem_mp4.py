@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
-from pipeline.audio import MAX_RATE, MIN_RATE, BadClip
+from pipeline.audio.recording import MAX_RATE, MIN_RATE, BadClip
 
 if TYPE_CHECKING:
     from av.audio.codeccontext import AudioCodecContext

@@ -79,7 +79,7 @@ def list_clips(workspace, paths, split="train", seconds=10.0):
         writer.writerow(stage.LISTED)
         for clip_id, path in rows:
             size = (workspace / "corpus" / path).lstat().st_size if (workspace / "corpus" / path).exists() else 0
-            writer.writerow([clip_id, f"recording of {clip_id}", "a", "/m/09x0r;/m/04rlf", path, size, 0.0, seconds])
+            writer.writerow([clip_id, "a", "/m/09x0r;/m/04rlf", path, size, 0.0, seconds, f"recording of {clip_id}"])
 
 
 def write_files(workspace, files):
@@ -458,7 +458,7 @@ def test_a_corpus_that_is_gone_is_one_error_not_many_missing_clips(small):
     assert "data.root 'corpus' is not a directory now" in done.stderr
     assert "dvc repro --force scan" in done.stderr
     listed = small / "00000.csv"
-    listed.write_text(f"{','.join(stage.LISTED)}\nx,x,a,/m/09x0r,x.wav,0,0.0,2.0\n")
+    listed.write_text(f"{','.join(stage.LISTED)}\nx,a,/m/09x0r,x.wav,0,0.0,2.0,x\n")
     (small / "part").mkdir()
     audio = stage.AudioParams(sample_rate=32_000, clip_seconds=10.0, segment_seconds=2.0)
     params = stage.ResampleParams(format="wav", n_shards=1, max_bad_fraction=0.1, silence_db=-80.0)
@@ -505,10 +505,10 @@ def test_a_manifest_cut_in_pieces_is_the_same_lists(workspace, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip_id,labels\n", "no column 'recording'"),
-        ("{header}\nb,b,a,x,b.wav,1,0,10\na,a,a,x,a.wav,1,0,10\n", "line 3: 'a' after 'b'"),
-        ("{header}\na,a,a,x,b.wav,1,0,10\na,a,a,x,a.wav,1,0,10\n", "line 3: 'a' after 'a'"),
-        ('{header}\na,a,a,x,"b\n.wav",1,0,10\n', "line break"),
+        ("clip_id,labels\n", "no column 'subset'"),
+        ("{header}\nb,a,x,b.wav,1,0,10,b\na,a,x,a.wav,1,0,10,a\n", "line 3: 'a' after 'b'"),
+        ("{header}\na,a,x,b.wav,1,0,10,a\na,a,x,a.wav,1,0,10,a\n", "line 3: 'a' after 'a'"),
+        ('{header}\na,a,x,"b\n.wav",1,0,10,a\n', "line break"),
     ],
 )
 def test_a_manifest_that_scan_did_not_write_is_refused(workspace, text, message):

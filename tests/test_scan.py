@@ -63,8 +63,8 @@ def test_present_and_missing_clips_are_listed_apart_and_counted(tmp_path):
     summary = scan(out, params(root), source)
     assert sorted(path.name for path in out.iterdir()) == ["eval.csv", "missing.csv", "summary.json", "train.csv"]
     assert (out / "train.csv").read_bytes() == (
-        b"clip_id,recording,subset,labels,path,size_bytes,start_seconds,end_seconds\n"
-        b"-a,-a,train,/m/09x0r;/m/0bt9lr,audio/-a.wav,1,30.0,40.0\n"
+        b"clip_id,subset,labels,path,size_bytes,start_seconds,end_seconds,recording\n"
+        b"-a,train,/m/09x0r;/m/0bt9lr,audio/-a.wav,1,30.0,40.0,-a\n"
     )
     assert [row["clip_id"] for row in table(out / "eval.csv")] == ["c"]
     assert [(row["split"], row["clip_id"]) for row in table(out / "missing.csv")] == [("eval", "a_"), ("train", "b")]

@@ -32,7 +32,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from pipeline.audio import BadClip, Reason, is_below, level_db, locate, read_segment, resample, to_int16
+from pipeline.audio import ffmpeg, is_below, level_db, locate, read_segment, resample, to_int16
+from pipeline.audio.recording import BadClip, Reason
 from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
 from pipeline.runtime import fingerprint, link_or_copy, outside, publish, remove, running, scratch_dir, write_json
@@ -40,13 +41,14 @@ from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_n
 
 logger = logging.getLogger(__name__)
 
-LISTED = ("clip_id", "recording", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
+LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds", "recording")
 MANIFEST = (
     "clip_id", "recording", "split", "labels", "status", "detail", "duration_seconds", "source_rate",
     "source_channels", "note", "sha256", "shard", "offset", "size",
 )  # fmt: skip
 QUARANTINE = ("clip_id", "path", "reason", "detail")
 TRANSIENT = ("missing", "unreadable")  # of the machine, not of the file: looked at again by the next run
+STATE = "state.json"  # of a part: what its clips depend on beside params, code and manifest
 ENCODERS = {"flac": encode_flac, "wav": encode_wav}
 _ROWS_HELD = 100_000
 
@@ -116,14 +118,17 @@ def resample_part(
 
     Returns the shard's SHA-256, so that run_parts need not read it again.
 
-    A shard in which nothing is left has no file. An empty file `again` says that something could not be read now.
+    A shard in which nothing is left has no file. An empty file `again` says that something could not be read now;
+    STATE is what is_stale compares.
     """
     rows: dict[str, Row] = {}
+    files: dict[str, list[int] | None] = {}
     name = shard_name(int(listed.stem))
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for row in read_rows(listed):
             clip_id = row["clip_id"]
+            files[row["path"]] = file_state(root, row["path"])
             try:
                 described, content, about = make_clip(row, root, split, audio, params)
             except BadClip as bad:
@@ -150,7 +155,30 @@ def resample_part(
         writer = csv.DictWriter(file, ("path", *MANIFEST), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
+    # Of a clip that is good without it, ffmpeg was not asked.
+    asked = any(row["status"] != "ok" or "ffmpeg" in row["note"].split(";") for row in rows.values())
+    write_json(directory / STATE, {"ffmpeg": ffmpeg.version() if asked else None, "files": files})
     return {name: digest.hexdigest()}
+
+
+def file_state(root: Path, path: str) -> list[int] | None:
+    """What changes when a file is written anew, even with as many bytes; None for one that is not there."""
+    try:
+        status = os.lstat(root / path)
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def is_stale(part: Path, root: Path) -> bool:
+    """Whether a finished part may come out otherwise now: by another ffmpeg, other files, or a machine in order."""
+    try:
+        state = json.loads((part / STATE).read_bytes())
+    except (OSError, ValueError):
+        return True
+    if (part / "again").exists() or state["ffmpeg"] not in (None, ffmpeg.version()):
+        return True
+    return any(file_state(root, path) != found for path, found in state["files"].items())
 
 
 def check_root(root: Path) -> None:
@@ -203,7 +231,7 @@ def split_manifest(manifest: Path, lists: Path, n_shards: int) -> list[Path]:
         held.clear()
 
     with open(manifest, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, restval="")
         if absent := [name for name in LISTED if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{manifest}: no column {absent[0]!r}; scan writes {','.join(LISTED)}")
         before = ""
@@ -305,8 +333,9 @@ def resample_split(
     """
     check_root(root)
     parts_dir = scratch / "parts"
-    for again in sorted(parts_dir.glob("*/again")):
-        remove(again.parent)
+    for part in sorted(parts_dir.glob("[0-9]*")):
+        if is_stale(part, root):
+            remove(part)
     lists = split_manifest(manifest, scratch / "lists", params.n_shards)
     if not lists:
         raise ValueError(f"{manifest} lists no clip: scan found no audio for split {split!r} under {root}")

@@ -25,7 +25,7 @@ from pipeline.runtime import outside, publish, remove, running, write_atomic, wr
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
-COLUMNS = ("clip_id", "recording", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds")
+COLUMNS = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds", "recording")
 MISSING_COLUMNS = ("split", "clip_id", "subset", "labels", "start_seconds", "end_seconds")
 Listing = list[tuple[str, Clip]]  # (subset, clip)
 
@@ -81,7 +81,7 @@ def scan(out: Path, params: DataParams, dataset: ModuleType) -> dict[str, Any]:
                 tables["missing"].append((split, clip.clip_id, *head, *times))
             else:
                 size = os.lstat(root / clip.path).st_size
-                tables[split].append((clip.clip_id, clip.recording, *head, clip.path, size, *times))
+                tables[split].append((clip.clip_id, *head, clip.path, size, *times, clip.recording))
                 n_bytes += size
         n_present = len(tables[split])
         if not n_present:
