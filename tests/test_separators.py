@@ -17,7 +17,7 @@ QUERY_DIM = 6
 TINY = {
     "bandsplit": {
         **{"n_fft": 128, "hop_length": 48, "bands": 4, "width": 8, "layers": 1, "frame_hidden": 16},
-        **{"recurrent_hidden": 8, "mask_hidden": 16},
+        **{"recurrent_hidden": 8, "mask_hidden": 16, "query_hidden": 8},
     },
     "resunet": {"n_fft": 128, "hop_length": 48, "channels": [4, 4, 4, 4, 4, 4]},
     "mae_resunet": {

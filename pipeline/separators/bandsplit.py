@@ -8,8 +8,8 @@
 
 Each part is residual, behind a layer norm and FiLM by the query with gain and shift of their own per band (Perez et
 al. 2018). Band-split networks are Luo and Yu's (arXiv:2209.15174), who have recurrent networks in both directions; the
-frame's perceptron is that of TFC-TDF (Choi et al., arXiv:1912.02591). On a CPU convolutions and products take a half
-to a third of the time of a recurrence with as many multiplications.
+frame's perceptron is that of TFC-TDF (Choi et al., arXiv:1912.02591). On a CPU convolutions and products take half to
+two thirds of the time of a recurrence with as many multiplications.
 
 The mixture's level is taken out before and put back after: an estimate scales with its mixture exactly.
 """
@@ -30,26 +30,26 @@ N_FEATURES = 3  # of a bin: compressed real and imaginary part, log power
 
 
 class FiLM(nn.Module):
-    """Layer norm, and a gain and a shift from the query, of every band and channel."""
+    """A layer norm whose gain and shift, for every band and channel, come from the query."""
 
-    def __init__(self, query_dim: int, bands: int, width: int) -> None:
+    def __init__(self, query_hidden: int, bands: int, width: int) -> None:
         super().__init__()
         self.bands = bands
         self.gain = nn.Parameter(torch.ones(width))
-        self.change = nn.Linear(query_dim, bands * 2 * width)
-        nn.init.normal_(self.change.weight, std=0.02)
+        self.change = nn.Linear(query_hidden, bands * 2 * width)
+        nn.init.normal_(self.change.weight, std=0.3 * query_hidden**-0.5)
         nn.init.zeros_(self.change.bias)
 
     def forward(
-        self, x: Float[Tensor, "batch frames bands width"], query: Float[Tensor, "batch query_dim"]
+        self, x: Float[Tensor, "batch frames bands width"], query: Float[Tensor, "batch query_hidden"]
     ) -> Float[Tensor, "batch frames bands width"]:
-        """Keep the shape."""
+        """Normalise each token, then scale and shift it as the query says."""
         gain, shift = self.change(query).unflatten(1, (1, self.bands, -1)).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), self.gain + gain)
 
 
 class Convolutions(nn.Module):
-    """Two 3x3 convolutions over frames and bands."""
+    """Two 3x3 convolutions over frames and bands, which see what is near in time and frequency."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Convolutions(nn.Module):
             conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Float[Tensor, "batch frames bands width"]) -> Float[Tensor, "batch frames bands width"]:
-        """Keep the shape, which is channels-last memory already."""
+        """Change each token by its neighbours; the memory's layout is channels-last already."""
         return self.leave(F.silu(self.enter(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
 
 
 class Frame(nn.Module):
-    """A perceptron with one hidden layer over all bands of a frame."""
+    """A perceptron with one hidden layer, from all bands of a frame to all bands of it."""
 
     def __init__(self, bands: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Frame(nn.Module):
         nn.init.normal_(self.leave.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "batch frames bands width"]) -> Float[Tensor, "batch frames bands width"]:
-        """Keep the shape."""
+        """Change each token by its whole frame."""
         return self.leave(F.silu(self.enter(x.flatten(2)))).view(x.shape)
 
 
@@ -89,14 +89,14 @@ class Recurrence(nn.Module):
         nn.init.normal_(self.leave.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "batch frames bands width"]) -> Float[Tensor, "batch frames bands width"]:
-        """Keep the shape."""
+        """Change each token by what its band has before and after."""
         by_band = x.transpose(1, 2)
         h = self.leave(self.lstm(by_band.flatten(0, 1))[0])
         return h.unflatten(0, by_band.shape[:2]).transpose(1, 2)
 
 
 class Separator(QuerySeparator):
-    """Bands, `layers` of the three parts above, masks.
+    """The network above, with `layers` times the three parts between its bands and its masks.
 
     n_fft must be a multiple of 8 x `bands`, and these of 4: a quarter of the bands each has 1, 2, 5 and 8 units of
     bins. A `recurrent_hidden` of 0 leaves the LSTMs out.
@@ -114,6 +114,7 @@ class Separator(QuerySeparator):
         frame_hidden: int,
         recurrent_hidden: int,
         mask_hidden: int,
+        query_hidden: int,
     ) -> None:
         super().__init__()
         if bands <= 0 or bands % len(BAND_GROUPS):
@@ -134,7 +135,8 @@ class Separator(QuerySeparator):
             if recurrent_hidden:
                 parts.append(Recurrence(width, recurrent_hidden))
         self.parts = nn.ModuleList(parts)
-        self.films = nn.ModuleList(FiLM(query_dim, bands, width) for _ in range(len(parts) + 1))
+        self.query = nn.Linear(query_dim, query_hidden)
+        self.films = nn.ModuleList(FiLM(query_hidden, bands, width) for _ in range(len(parts) + 1))
         self.mask1 = nn.ParameterList(
             _normal(self.group, width + N_FEATURES * bins, mask_hidden) for bins in self.widths
         )
@@ -185,6 +187,8 @@ class Separator(QuerySeparator):
         ]
         tokens = torch.cat([torch.bmm(group, weight) for group, weight in zip(groups, self.split, strict=True)])
         h = tokens.view(self.bands, batch, frames, -1).permute(1, 2, 0, 3) + self.split_bias
+        # Normed: a mean of several queries is shorter than each.
+        query = F.silu(self.query(F.layer_norm(query, query.shape[-1:])))
         for film, part in zip(self.films, self.parts, strict=False):
             h = h + part(film(h, query))
         h = self.films[-1](h, query).flatten(0, 1).transpose(0, 1)
