@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
-.PHONY: repro ablations test test-fast check gate format lock benchmarks clean
+.PHONY: repro ablations test test-fast test-processors check gate format lock benchmarks clean
 
 repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS
 	python -m pipeline.repro $(if $(JOBS),--jobs $(JOBS))
@@ -17,6 +17,15 @@ test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
 
 test-fast: $(READY)  ## the everyday suite
 	python -m pytest -m "not slow"
+
+# Libraries choose their sums by the processor's instructions. "default" and SSE41 are what every x86-64 has.
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+  ONEDNN_MAX_CPU_ISA=AVX512_CORE AS_IT_IS=1
+
+test-processors: $(READY)  ## the everyday suite as six kinds of processor round, the slow tests as two; on x86-64, an hour
+	@for kind in $(PROCESSORS); do echo "== $$kind"; env $$kind python -m pytest -m "not slow" || exit 1; done
+	@for kind in "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41" AS_IT_IS=1; do \
+	  echo "== $$kind, slow"; env $$kind python -m pytest -m slow || exit 1; done
 
 check: $(READY)  ## ruff, ruff format, mypy --strict
 	ruff check .

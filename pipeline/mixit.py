@@ -29,7 +29,6 @@ from pipeline.separators import BlindSeparator, model_params, takes_query
 TRAIN, VALIDATION, TEST, SINGLE, BUCKET = range(5)
 
 Source = Literal["music", "anchors"]
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # malloc; CUDA; cuBLAS and cuDNN
 Split = Literal["train", "validation", "test"]
 
 
@@ -133,6 +132,14 @@ class Streams:
     def steps(self, epochs: float, batch_size: int) -> int:
         """Steps of `batch_size` mixtures of mixtures that hear as much audio as so many epochs, at least one."""
         return max(1, ceil(epochs * self.epoch_seconds / (2 * batch_size * float(np.mean(self.seconds)))))
+
+    def check_batch(self, batch_size: int, name: str) -> None:
+        """ValueError naming the parameter where one batch of mixtures of mixtures is more than an epoch of audio."""
+        fits = int(self.epoch_seconds / (2 * float(np.mean(self.seconds))))
+        if batch_size > max(1, fits):
+            raise ValueError(
+                f"{name}.batch_size is {batch_size}: all of its training data make {fits}; say that or less"
+            )
 
     def bucket(self, n: int, seed: int) -> int:
         """Which length batch n is of: all of its items, so that nothing is padded."""
@@ -275,13 +282,6 @@ def learning_rate_factor(step: int, *, warmup_steps: int, steps: int, final: flo
     """Linear over the warm-up, and half a cosine from 1 to `final`: lr_min + 1/2 (lr - lr_min)(1 + cos(pi t / T))."""
     cosine = final + 0.5 * (1 - final) * (1 + float(np.cos(np.pi * step / steps)))
     return cosine * min(1.0, (step + 1) / (warmup_steps + 1))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the device's memory, or the machine's, giving out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
-    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

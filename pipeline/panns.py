@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from pipeline.devices import exact_float32
@@ -32,7 +32,7 @@ from pipeline.features import (
     log_mel,
     pad_to,
 )
-from pipeline.runtime import read_json
+from pipeline.runtime import read_json, write_atomic
 from pipeline.weights import read_safetensors
 
 AUDIOSET_CLASSES = 527
@@ -314,8 +314,8 @@ def save(network: nn.Module, directory: Path) -> None:
     weights = network if isinstance(network, SmallCnn) else network.network
     assert isinstance(weights, nn.Module)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state_dict().items()}
-    save_file(tensors, directory / "weights.safetensors")
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomic(directory / "weights.safetensors", as_bytes(tensors))
+    write_atomic(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _load(directory: Path) -> nn.Module:

@@ -19,7 +19,7 @@ from pipeline.devices import Precision, autocast
 from pipeline.fbank import FLOOR, HOP_SAMPLES, N_MELS, PADDING, STD, WINDOW_SAMPLES, fbank, normalise, to_16k
 from pipeline.probing import ProbeParams
 from pipeline.shards import ClipReader
-from pipeline.training import fit
+from pipeline.training import fit, rows_on_disk
 from pipeline.upstreams.mae import (
     BANDS,
     MAX_FRAMES,
@@ -95,10 +95,7 @@ class FilterBanks:
         self.clip_ids = list(clips.clips)
         if not self.clip_ids:
             raise ValueError("there are no clips to learn from")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.features = np.lib.format.open_memmap(
-            file, mode="w+", dtype=np.float16, shape=(len(self.clip_ids), MAX_FRAMES, N_MELS)
-        )
+        self.features = rows_on_disk(file, (len(self.clip_ids), MAX_FRAMES, N_MELS), np.float16)
         self.n_frames = np.zeros(len(self.clip_ids), np.int64)
         samples = WINDOW_SAMPLES + (MAX_FRAMES - 1) * HOP_SAMPLES
         for i, clip_id in enumerate(self.clip_ids):

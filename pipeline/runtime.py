@@ -32,7 +32,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -54,29 +54,90 @@ class AlreadyRunning(RuntimeError):
 # ---------------------------------------------------------------------------------------------------- files
 
 
+class DiskFull(OSError):
+    """A disk or a quota has no room left; the message names the file and the disk."""
+
+
+def disk_full(path: Path) -> DiskFull:
+    """What to raise where `path` could not be written for want of room."""
+    there = Path(path).absolute()
+    while not there.exists():
+        there = there.parent
+    mount = there.resolve()
+    while not mount.is_mount():
+        mount = mount.parent
+    usage = shutil.disk_usage(there)
+    room = f"{usage.free / 1e6:,.0f} of {usage.total / 1e6:,.0f} MB are free"
+    return DiskFull(
+        errno.ENOSPC, f"no space left on the disk at {mount} ({room}); make some and run it again", str(path)
+    )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it a full disk raises DiskFull, whatever library wrote: many name no file, and none the disk."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not said and "No space left on device" not in str(error) and "Disk quota exceeded" not in str(error):
+            raise
+        raise disk_full(Path(getattr(error, "filename", None) or path)) from error
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file that is there whole or not at all: written beside, synced to disk, renamed.
 
     The temporary name is fixed (`.<name>.tmp`), so what a killed run leaves is overwritten by the next one.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    write_together({Path(path): data})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """Write files that belong together: none is renamed into its place before all are on the disk."""
+    temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(path), open(temporary[path], "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    for directory in {path.parent for path in files}:
+        sync(directory)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Give a file `size` bytes that the disk really has. DiskFull where it has not.
+
+    A file that is only as long as that has holes: written through a memory map, the first one that finds no room kills
+    the process by SIGBUS.
+    """
+    with writing(path), open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.seek(0, os.SEEK_END)
+            while (left := size - file.tell()) > 0:
+                file.write(bytes(min(left, 1 << 20)))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whose bytes depend on the value alone: sorted keys, a newline at the end, NaN refused (ValueError)."""
-    write_atomic(path, json.dumps(value, sort_keys=True, allow_nan=False, indent=2, ensure_ascii=False) + "\n")
+    """Write a value `as_json`, whole or not at all."""
+    write_atomic(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """JSON whose bytes depend on the value alone: sorted keys, a newline at the end, NaN refused (ValueError)."""
+    return json.dumps(value, sort_keys=True, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -134,7 +195,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
-        shutil.copyfile(source, target)
+        with writing(target):
+            shutil.copyfile(source, target)
 
 
 def publish(directory: Path, out: Path) -> None:
@@ -154,8 +216,9 @@ def publish(directory: Path, out: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copytree(directory, new)
-        sync_tree(new)
+        with writing(new):
+            shutil.copytree(directory, new)
+            sync_tree(new)
     if os.path.lexists(out):
         os.rename(out, old)
     os.rename(new, out)
@@ -387,7 +450,7 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     _acquire(lock, f"another process that writes {out}")
     start = time.monotonic()
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), writing(out):
             yield told
     finally:
         for held in set(_held) - before:

@@ -37,7 +37,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32, Int16
 
-from pipeline.runtime import let_go, read_json, sha256_file, sync, write_json
+from pipeline.runtime import let_go, read_json, sha256_file, sync, write_json, writing
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: webdataset ends the key at the first one, and would merge samples
 EXT = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
@@ -82,7 +82,7 @@ def write_shard(
     held = 0
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
 
             def write(content: bytes) -> None:
                 nonlocal held

@@ -4,10 +4,12 @@ A step is a pure function of its number: the batch comes from (seed, n), and so 
 dropout. That is what makes a resumed run equal to an uninterrupted one, bit for bit on a CPU.
 """
 
+import copy
 import csv
 import io
 import logging
 import math
+import os
 import queue
 import sys
 import threading
@@ -18,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.runtime import write_atomic
+from pipeline.devices import is_out_of_memory, loading
+from pipeline.runtime import reserve, write_atomic, writing
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +189,8 @@ def fit(
     that step. `before_step(n)` may change the model as a function of n, at every step. With `validation` the curve has
     one more column, and the model ends with its best weights. With `ema` above 0 an `Average` of that decay is what
     validates, and what the model ends with. FloatingPointError when loss or gradient is not finite, naming the step
-    and `describe(n)`. `scratch` must belong to this run alone (see `runtime.fingerprint`): its checkpoint is trusted.
+    and `describe(n)`; ValueError where the memory does not hold a batch. `scratch` must belong to this run
+    alone (see `runtime.fingerprint`): its checkpoint is trusted.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = scratch / "checkpoint.pt"
@@ -195,10 +201,7 @@ def fit(
     window: list[dict[str, float]] = []  # loss, its terms and the gradient's norm, of the steps since the last row
     spent = 0.0  # seconds, on validation
     average = Average(model, ema) if ema > 0 else None
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if (state := _resume(checkpoint, model, optimizer)) is not None:
         step, rows, window, best = state["step"], state["rows"], state["window"], state["best"]
         if average is not None:
             average.tensors = state["average"]
@@ -235,7 +238,12 @@ def fit(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     first, started, saved, said = step, time.monotonic(), time.monotonic(), time.monotonic()
     bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), unit="step", leave=False)
-    with closing(prefetch(load, range(step, steps))) as batches:
+
+    def load_or_name(n: int) -> T:
+        with loading(f"batch {n}"):
+            return load(n)
+
+    with closing(prefetch(load_or_name, range(step, steps))) as batches:
         for n, batch in enumerate(batches, start=step):
             if exhausted():
                 break
@@ -296,6 +304,43 @@ def fit(
         best_validation=best["loss"],
         seconds_per_step=taken / (step - first) if step > first else None,
     )
+
+
+def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Load the last checkpoint into model and optimizer; None where there is none, or a damaged one: it is set aside.
+
+    Whatever a file that is cut or spoilt makes the reader stumble over, and in whatever way, the training begins anew.
+    """
+    if not checkpoint.exists():
+        return None
+    content = io.BytesIO(checkpoint.read_bytes())  # of a file that is cut torch says "invalid argument", as of a disk
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    try:
+        state = torch.load(content, weights_only=True, map_location=next(model.parameters()).device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return {key: state[key] for key in ("step", "rows", "window", "best", *state)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:100]}".rstrip(": ")
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    aside = checkpoint.with_name("damaged_checkpoint.pt")
+    os.replace(checkpoint, aside)
+    log.warning("%s is damaged (%s); it is set aside as %s, and training begins anew", checkpoint, reason, aside.name)
+    return None
+
+
+def rows_on_disk(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.memmap[Any, Any]:
+    """An array in a new .npy file, all zeros, as large as the disk allows: DiskFull at once where it has no room."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with writing(file), open(file, "wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, header)
+        size = opened.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+    reserve(file, size)
+    return np.lib.format.open_memmap(file, mode="r+")
 
 
 def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.runtime import outside
+from pipeline.runtime import outside, writing
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors without pickle: the whole file or none, and the same bytes for the same tensors."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, temporary)
+        with writing(path):
+            save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

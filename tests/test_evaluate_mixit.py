@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.io import wavfile
 
-from pipeline import mixit, runtime
+from pipeline import devices, mixit, runtime
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.losses import best_assignment, mixit_loss, remix
 from pipeline.mask_metrics import mask_overlap
@@ -338,6 +338,7 @@ def test_memory_that_gives_out_at_one_length_costs_that_length(world, tmp_path, 
         return score(separator, test, seconds, *arguments)
 
     monkeypatch.setattr(stage, "score_moms", runs_out)
+    monkeypatch.setattr(devices, "memory_of_others", lambda device: (0, 10**12))
     summary = run(world, "music", tmp_path / "scores", PARAMS, both)
     assert summary["status"] == "out_of_memory"
     assert summary["shorter"][0]["status"] == "ok"
@@ -352,6 +353,7 @@ def test_running_out_of_memory_is_a_result(world, tmp_path, monkeypatch, where):
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(stage, where, runs_out)
+    monkeypatch.setattr(devices, "memory_of_others", lambda device: (0, 10**12))
     summary = run(world, "anchors", tmp_path / "scores")
     assert (summary["status"], summary["steps"], summary["n_parameters"]) == ("out_of_memory", 12, 1234)
     assert not {"moms", "stems", "masks", "pairs", "examples"} & set(summary)

@@ -8,6 +8,7 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline import mixit
+from pipeline.devices import is_out_of_memory
 from pipeline.losses import diversity_loss, mixit_loss, sparsity_loss
 from pipeline.mixit import (
     MixitParams,
@@ -16,7 +17,6 @@ from pipeline.mixit import (
     Streams,
     anchor_streams,
     build_optimizer,
-    is_out_of_memory,
     learning_rate_factor,
     loss_weights,
     music_streams,

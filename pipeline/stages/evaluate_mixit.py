@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline import mixit
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
-from pipeline.devices import choose_device, exact_float32, use_available_cores
+from pipeline.devices import blame_neighbours, choose_device, exact_float32, is_out_of_memory, use_available_cores
 from pipeline.mixing import Normalize, PairsParams, mix
 from pipeline.mixit import MixitParams, anchor_streams, music_streams, read_config, seed_of
 from pipeline.mixit_scores import classes_with_interval, mean_with_interval, mom_scores, pair_scores, stem_scores
@@ -287,8 +287,9 @@ def evaluate_mixit(
         try:
             return _scores(separator_dir, folder, seconds, run, scratch, test=test, params=params, device=device)
         except (RuntimeError, MemoryError) as error:
-            if not mixit.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            blame_neighbours(error, torch.device(device))
             log.error("%s: out of memory at %g s: %s", name, seconds, error)
             _empty(folder)
             return {"status": "out_of_memory"}

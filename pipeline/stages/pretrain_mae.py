@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import AudioParams, load_params
-from pipeline.devices import choose_device, use_available_cores, use_precision
+from pipeline.devices import choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.pretraining import (
     FilterBanks,
     PretrainParams,
@@ -63,6 +63,7 @@ def pretrain_mae(
     scratch = scratch_dir(
         "pretrain_mae", fingerprint(audio, params, train_clips / "manifest.csv", eval_clips / "manifest.csv")
     )
+    go_on_alike(scratch, device, params.precision)
     heard, held_out = (ClipReader(path, audio.sample_rate) for path in (train_clips, eval_clips))
     summary: dict[str, Any] = {"n_train_clips": len(heard.clips), "n_eval_clips": len(held_out.clips)}
     if params.weights is None:

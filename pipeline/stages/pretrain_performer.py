@@ -22,7 +22,16 @@ from torch import Tensor
 
 from pipeline import mixit
 from pipeline.config import load_params
-from pipeline.devices import autocast, choose_device, use_available_cores, use_precision
+from pipeline.devices import (
+    autocast,
+    blame_neighbours,
+    choose_device,
+    go_on_alike,
+    is_out_of_memory,
+    loading,
+    use_available_cores,
+    use_precision,
+)
 from pipeline.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
 from pipeline.music import MusicParams, index_file
 from pipeline.runtime import (
@@ -70,10 +79,12 @@ def pretrain_performer(
         )
         for split in ("train", "validation")
     )
+    train.check_batch(max(1, params.batch_size // 2), "pretrain_performer")
     scratch = scratch_dir(
         "pretrain_performer",
         fingerprint(json.dumps(model, sort_keys=True), music, params, index_file(index, seconds)),
     )
+    go_on_alike(scratch, device, params.precision)
     summary: dict[str, Any] = {"status": "ok", "mask_ratio": params.mask_ratio, "sample_rate": train.sample_rate}
     finished = scratch / "finished"
     remove(finished)  # by a run that was killed
@@ -82,8 +93,9 @@ def pretrain_performer(
     try:
         learned, state = _learn(train, held_out, scratch, curve, params=params, model=model, device=device)
     except (RuntimeError, MemoryError) as error:
-        if not mixit.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
+        blame_neighbours(error, device)
         log.error("out of memory (%s); `dvc repro -s --force pretrain_performer`, then `dvc repro`, tries again", error)
         summary |= {"status": "out_of_memory", "steps": 0}
         write_curve(curve, [], validation=True)
@@ -177,7 +189,8 @@ def _learn(
 
 def _single(streams: Streams, n: int) -> Tensor:
     """The single mixtures of batch n, (2 x batch, time)."""
-    return torch.from_numpy(streams.moms[0].batch(n).mixtures).flatten(0, 1)
+    with loading(f"batch {n}"):
+        return torch.from_numpy(streams.moms[0].batch(n).mixtures).flatten(0, 1)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from pipeline.reporting.inputs import (
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
 from pipeline.reporting.statistics import per_class_csv, summarise
-from pipeline.runtime import read_json, running, write_atomic, write_json
+from pipeline.runtime import as_json, read_json, running, write_together
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ def _ablations(path: Path, metrics: Mapping[str, int | float]) -> list[dict[str,
 
 
 def report(places: Places, out: Path, settings: Settings) -> dict[str, int | float]:
-    """Write all files of the report into `out`; return what metrics.json holds.
+    """Write all files of the report into `out`, together or none of them; return what metrics.json holds.
 
     ValueError where scores are missing for every model, incomplete, or of different pairs for different models.
     A model without scores, and a data stage that was not run, are named in the page.
@@ -446,22 +446,22 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         log.warning(text)
     compared = comparisons(settings, n_classes, int(metrics["mixture.n_pairs"]))
 
-    out.mkdir(parents=True, exist_ok=True)
     gates = evaluate_gates(metrics, settings.bounds)
-    write_json(out / "metrics.json", metrics)
     short = headline(metrics, models, [entry.name for entry in unsupervised], sum(not gate.passed for gate in gates))
-    write_json(out / "headline.json", short)
-    write_atomic(out / "per_class.csv", per_class_csv(summary.per_class))
+    files: dict[str, str] = {
+        "metrics.json": as_json(metrics),
+        "headline.json": as_json(short),
+        "per_class.csv": per_class_csv(summary.per_class),
+    }
     bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
     paper = published.table_1_rows()
     table_1 = tables.table1_markdown(ours, paper, differences, compared, [*bound, *warnings, *notes])
-    write_atomic(out / "table1.md", f"{table_1}\n{published.checks_markdown(checks)}")
+    files["table1.md"] = f"{table_1}\n{published.checks_markdown(checks)}"
     music_tables = music.report_tables(unsupervised, pretraining_music)
     if settings.mixit is not None:
-        write_atomic(out / "mixit.md", music.markdown(unsupervised, music_tables, settings.music))
-    for name, svg in drawings.items():
-        write_atomic(out / f"{name}.svg", svg)
-    write_json(out / "provenance.json", found)
+        files["mixit.md"] = music.markdown(unsupervised, music_tables, settings.music)
+    files |= {f"{name}.svg": svg for name, svg in drawings.items()}
+    files["provenance.json"] = as_json(found)
 
     context: dict[str, Any] = {
         "models": models,
@@ -516,7 +516,8 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     budget -= sum(len(sound.audio) + len(sound.image) for example in examples for sound in example.sounds)
     excerpts, left_out = music.read_examples(places.mixit_scores, heard, budget)
     context |= {"excerpts": excerpts, "excerpts_left_out": left_out}
-    write_atomic(out / "report.html", page.render(context, filters))
+    files["report.html"] = page.render(context, filters)
+    write_together({out / name: content for name, content in files.items()})
     return metrics
 
 

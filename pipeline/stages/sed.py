@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from pipeline import panns
 from pipeline.config import AudioParams, Params, load_params
-from pipeline.devices import choose_device, use_available_cores, use_precision
+from pipeline.devices import choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
 from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_json
 from pipeline.shards import ClipEntry, ClipReader
-from pipeline.training import build_optimizer, fit, learning_rate_factor, write_curve
+from pipeline.training import build_optimizer, fit, learning_rate_factor, rows_on_disk, write_curve
 from pipeline.weights import read_tensors
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,7 @@ class WeakLabels:
                 if (index := class_of(mid).index) in column:
                     self.labels[i, column[index]] = True
         n_frames = clip_samples // MEL_HOP_LENGTH + 1
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.log_mel = np.lib.format.open_memmap(
-            file, mode="w+", dtype=np.float16, shape=(len(self.clip_ids), n_frames, N_MELS)
-        )
+        self.log_mel = rows_on_disk(file, (len(self.clip_ids), n_frames, N_MELS), np.float16)
         network = SmallCnn(class_indices=[0], channels=[1], embedding_dim=1)  # its front end
         with torch.inference_mode():
             for i, waveform in enumerate(waveforms(clips, clip_samples)):
@@ -267,6 +264,7 @@ def sed(
     use_precision("fp32")
     clip_samples = round(audio.clip_seconds * audio.sample_rate)
     scratch = scratch_dir("sed", fingerprint(audio, params, train / "manifest.csv", evaluation / "manifest.csv"))
+    go_on_alike(scratch, choose_device(params.device), "fp32")
     small: SmallCnn | None = None
     cross_fitted: dict[str, Any] = {"folds": 0}
     if params.weights is None or params.query_weights is None:

@@ -2,8 +2,9 @@
 
 The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest such loss on
 fixed held-out mixtures are kept, whatever auxiliary losses there are. Batch n is a pure function of (seed, n): a killed
-run goes on from its checkpoint to the weights it would have had. Memory giving out is a result, which is written, also
-where it gave out in the pretraining that an entry needs; the graph goes on.
+run goes on from its checkpoint to the weights it would have had. A model whose step this machine's memory does not hold
+is a result, which is written, also where it gave out in the pretraining that an entry needs; the graph goes on. Memory
+that gives out over loading a batch, or that others hold, is an error.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from torch import Tensor
 
 from pipeline import mixit
 from pipeline.config import load_params
-from pipeline.devices import choose_device, use_available_cores, use_precision
+from pipeline.devices import (
+    blame_neighbours,
+    choose_device,
+    go_on_alike,
+    is_out_of_memory,
+    loading,
+    use_available_cores,
+    use_precision,
+)
 from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 from pipeline.music import MomBatch, MusicParams
 from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
@@ -72,6 +81,7 @@ def train_mixit(
     use_precision(params.precision)
     device = choose_device(params.device)
     train, held_out = streams(entry, source, music, params)
+    train.check_batch(params.batch_size, "mixit")
     steps = train.steps(entry.params.epochs, params.batch_size)
     torch.manual_seed(params.seed)
     separator = build_blind(entry.params.architecture, sample_rate=train.sample_rate, **entry.model)
@@ -92,6 +102,7 @@ def train_mixit(
         f"train_mixit-{entry.name}",
         fingerprint(identity, params, *([music] if music else []), *([weights] if weights else []), *inputs),
     )
+    go_on_alike(scratch, device, params.precision)
     log.info("%s: %d steps, %.2f epochs of %.0f s", entry.name, steps, entry.params.epochs, train.epoch_seconds)
 
     def losses(batch: MomBatch) -> dict[str, Tensor]:
@@ -104,7 +115,8 @@ def train_mixit(
         with torch.inference_mode():
             for moms in held_out.moms:
                 for n in range(min(moms.n_batches, math.ceil(params.n_validation_moms / params.batch_size))):
-                    batch = moms.batch(n)
+                    with loading(f"batch {n} of the validation"):
+                        batch = moms.batch(n)
                     mixtures = torch.from_numpy(batch.mixtures)
                     terms = mixit.training_losses(separator, mixtures, mixit_alone, params, device)
                     total += float(terms["mixit"]) * len(batch.mixtures)
@@ -112,6 +124,10 @@ def train_mixit(
         if not math.isfinite(total):
             raise FloatingPointError(f"{entry.name}: the validation loss is {total}")
         return total / count
+
+    def heard(n: int) -> Tensor:
+        with loading(f"batch {n}"):
+            return torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1)
 
     def redraw(n: int) -> None:
         if params.redraw_every_steps and n and n % params.redraw_every_steps == 0:
@@ -133,10 +149,7 @@ def train_mixit(
 
     def learn() -> Fitted:
         if not entry.params.pretrained:
-            heard = (
-                torch.from_numpy(train.load(n, params.seed).mixtures).sum(dim=1) for n in range(STATISTICS_BATCHES)
-            )
-            separator.learn_statistics(heard)
+            separator.learn_statistics(heard(n) for n in range(STATISTICS_BATCHES))
         separator.to(device)
         return fit(
             separator,
@@ -174,8 +187,9 @@ def train_mixit(
         try:
             fitted = learn()
         except (RuntimeError, MemoryError) as error:
-            if not mixit.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            blame_neighbours(error, device)
             why = str(error)
         told["training_peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         if device.type == "cuda":

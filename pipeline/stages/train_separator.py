@@ -33,7 +33,7 @@ from pipeline import upstreams
 from pipeline.anchors import AnchorIndex, AnchorReader
 from pipeline.config import Params, load_params
 from pipeline.cost import cost
-from pipeline.devices import Precision, autocast, choose_device, use_available_cores, use_precision
+from pipeline.devices import Precision, autocast, choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.losses import SEPARATION
 from pipeline.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.ontology import kin
@@ -259,6 +259,7 @@ def train_separator(
         f"train_separator-{name}",
         fingerprint(identity, digest, params, pairs, *(anchors / file for file in ANCHOR_FILES)),
     )
+    go_on_alike(scratch, choose_device(params.device), params.precision)
     if plan.weights is None:
         batches = Batches(
             anchors,
