@@ -25,7 +25,7 @@ LAYERS = [
     {"sampling", "separators", "probing", "cost", "reporting"},
     {"pretraining", "moms", "mixit_scores", "portable"},
     {"mixit", "separate"},
-    {"stages", "gate", "ablations", "unpack", "repro"},
+    {"stages", "gate", "ablations", "unpack", "repro", "__main__"},
     {"seeds"},
 ]
 OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py", "pipeline/linear.py"}
@@ -201,7 +201,11 @@ def test_every_profile_fits_the_params_of_every_stage(profile):
     assert_fits_every_stage(profile)
 
 
-TO_TRY = re.findall(r"^dvc exp run (-S [^#$\\\n]+)[^$\n]*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+TO_TRY = [
+    line
+    for page in ("README.md", "docs/experiments.md", "docs/data.md")
+    for line in re.findall(r"^dvc exp run (-S [^#$\\\n]+)[^$\n]*$", (ROOT / page).read_text(), re.MULTILINE)
+]
 
 
 @pytest.mark.slow
