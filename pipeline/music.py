@@ -35,7 +35,8 @@ from jaxtyping import Float32, Int64
 from pydantic import Field, model_validator
 
 from pipeline.audio import MAX_PEAK, is_below, level_db, locate, open_recording, resample
-from pipeline.audio.recording import BadClip, Decoder, Reason, Recording
+from pipeline.audio.badclip import BadClip, Reason
+from pipeline.audio.recording import Decoder, Recording
 from pipeline.config import Params
 from pipeline.datasets.music import Subset, Track, split_stream
 from pipeline.stem_mp4 import StemStream

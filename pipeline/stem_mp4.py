@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
-from pipeline.audio.recording import MAX_RATE, MIN_RATE, BadClip
+from pipeline.audio.badclip import BadClip
+from pipeline.audio.recording import MAX_RATE, MIN_RATE
 
 if TYPE_CHECKING:
     from av.audio.codeccontext import AudioCodecContext

@@ -12,7 +12,7 @@ import soundfile
 
 from pipeline import audio
 from pipeline.audio import ffmpeg, joined
-from pipeline.audio.recording import BadClip
+from pipeline.audio.badclip import BadClip
 from pipeline.datasets.music import Stem, Track
 from pipeline.music import scan
 from pipeline.stages import resample

@@ -69,6 +69,16 @@ def damaged(content, *fractions, length):
     return bytes(content)
 
 
+def half(content):
+    return content[: len(content) // 2]
+
+
+def frame_size(mp3):
+    """Of the first frame, which counts the others; mono or stereo at 44.1 kHz."""
+    kbps = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[mp3[2] >> 4]
+    return 144_000 * kbps // RATE + (mp3[2] >> 1 & 1)
+
+
 def list_clips(workspace, paths, split="train", seconds=10.0):
     """Write a manifest as scan does; ids are the file names without dots and slashes."""
     manifest = workspace / "manifest"
@@ -147,6 +157,7 @@ def bad_files():
     nan, infinite = mono.copy(), mono.copy()
     nan[1000], infinite[-1] = np.nan, np.inf
     pair = np.concatenate([mono, -mono], axis=1)
+    tone = 0.3 * np.sin(2 * np.pi * np.arange(10 * RATE) / 8)[:, None]
     return {
         "empty.wav": (b"", "no_samples", ""),
         "one_byte.wav": (b"R", "undecodable", ""),
@@ -204,6 +215,21 @@ def bad_files():
         "is_mp3.wav": (mp3, "ok", ""),
         "is_flac.wav": (flac, "ok", ""),
         "chained.ogg": (encoded(sound(), format="OGG") + encoded(sound(seed=1), format="OGG"), "ok", ""),
+        "uncounted.mp3": (mp3[frame_size(mp3) :], "ok", ""),
+        "joined.mp3": (mp3 + mp3, "ok", ""),
+        "zeros.mp3": (bytes(417) + mp3, "ok", ""),
+        "chained.opus": (opus + opus, "ok", ""),
+        **{
+            f"cut.{kind}": (half(encoded(sound(), format=kind)), "truncated", "")
+            for kind in ("AIFF", "RF64", "W64", "AU")
+        },
+        "antiphase_tone.wav": (encoded(tone * np.array([1, -1])), "ok", "antiphase"),
+        "antiphase_half.wav": (
+            encoded(tone * np.where(np.arange(10 * RATE)[:, None] < RATE, [1, 1], [1, -1])),
+            "ok",
+            "antiphase",
+        ),
+        "antiphase_surround.wav": (encoded(tone * np.array([0, 0, 0, 0, 1, -1])), "ok", "antiphase"),
         "tagged.mp3": (b"ID3\x04\0\0\0\x20\0\0" + bytes(0x20 << 14) + mp3, "ok", ""),
         "short.wav": (encoded(sound(4)), "ok", "short"),
         "-dash.ogg": (ogg, "ok", ""),
@@ -284,7 +310,7 @@ def test_the_summary_counts_them(table):
     assert (summary["missing"], summary["bad"]) == (statuses.count("missing"), bad)
     assert summary["bad_fraction"] == pytest.approx(bad / (len(statuses) - statuses.count("missing")))
     assert summary["bad_reasons"] == {s: statuses.count(s) for s in sorted(set(statuses)) if s not in ("ok", "missing")}
-    assert summary["notes"] == {"antiphase": 2, "clipped": 1, "short": 1}
+    assert summary["notes"] == {"antiphase": 5, "clipped": 1, "short": 1}
 
 
 def test_the_table_takes_bounded_memory(table):

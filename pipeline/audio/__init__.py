@@ -22,7 +22,8 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from pipeline.audio import recording
-from pipeline.audio.recording import BadClip, Recording
+from pipeline.audio.badclip import BadClip
+from pipeline.audio.recording import Recording
 
 Note = Literal[
     "cut",  # out of a longer recording, by the segment's times

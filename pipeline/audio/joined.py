@@ -8,10 +8,13 @@ its first frames. A Part is a stretch of the file that a decoder reads right; to
     OggS(first) OggS ... OggS(last) | OggS(first) ...       a part for each chain of pages
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from math import inf
 
+UNKNOWN_FRAMES = 1 << 36  # what FLAC's 36 bits can say, and more, is a header that does not know
 STRAY = 1024  # bytes: what lies between two MPEG frames and is longer is damage
 _SEARCHED = 1 << 16  # bytes in which the first MPEG frame must begin
 _CHAIN = 4  # frames, one behind the other, are no accident
@@ -351,3 +354,23 @@ def _search(file: BufferedReader, what: bytes, at: int, size: int) -> int | None
             return None
         at += len(content) - len(what) + 1
     return None
+
+
+def promised_frames(log: str, frames: int, part: Part) -> float:
+    """Frames that a part announces.
+
+    libsndfile shortens the count to what is there, and leaves what it shortened in its log.
+    """
+    if "Last page lacks an end-of-stream bit" in log:
+        return inf
+    if part.promised > frames:
+        return float(part.promised)
+    # 0xFFFFFFFF and the like are what a writer into a pipe puts there: it could not know.
+    for name in ("data", r"\s*SSND", r"\s*BODY", r"\s*Data Size\s*", "riff"):
+        if found := re.search(rf"^{name} : (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+            stated, there = int(found[1]), int(found[2])
+            return frames * stated / there if there > 0 and (stated < 0x7FFF_0000 or name == "riff") else 0.0
+    for pattern in (r"frame count \d+ does not match value from 'ds64' chunk of (\d+)", r"^\s*Frames\s*: (\d+)"):
+        if (found := re.search(pattern, log, re.MULTILINE)) and frames < int(found[1]) < UNKNOWN_FRAMES - 1:
+            return float(found[1])
+    return float(frames) if frames < UNKNOWN_FRAMES - 1 else 0.0

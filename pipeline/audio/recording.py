@@ -7,37 +7,18 @@ only guesses. What it does not know goes to the ffmpeg command, where there is o
 import contextlib
 import io
 import os
-import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import soundfile
 from jaxtyping import Float32
 
 from pipeline.audio import ffmpeg, joined
+from pipeline.audio.badclip import BadClip
 from pipeline.audio.downmix import FADE_SECONDS, WINDOW_SECONDS, Block, Downmix
-
-Reason = Literal[
-    "missing",  # was listed, is not there
-    "outside_root",  # an absolute path, one with .., or one through a link that leads out of the corpus
-    "not_regular_file",  # a link, a pipe, a device, a directory
-    "unreadable",  # the system refuses: permissions, a failing disk, an ffmpeg that does not start or takes too long
-    "undecodable",  # not audio, or damaged
-    "unsupported_container",  # mp4, webm, aac, and no ffmpeg here
-    "rate_out_of_bounds",
-    "no_samples",
-    "truncated",  # the file ends before the audio that it announces
-    "too_long",  # over a day of sound, which a few kilobytes can hold
-    "too_short",  # under a second of what should be longer
-    "outside_segment",  # a whole recording that ends before the segment begins
-    "non_finite",
-    "peak_out_of_range",
-    "silent",
-]
 
 MIN_RATE, MAX_RATE = 4_000, 384_000  # Hz
 MAX_SECONDS = 86_400.0  # of sound in one file
@@ -47,19 +28,6 @@ _BLOCK_SAMPLES = 1 << 17  # half a megabyte of floats: down-mixed while still in
 _TRIMMED = 4 * 1152  # an MP3 decoder leaves out the delay of encoder and decoder
 _LEAD_IN = 16 * 1152
 _MALFORMED = 3  # libsndfile's number of that error
-_UNKNOWN_FRAMES = 1 << 36  # what FLAC's 36 bits can say, and more, is a header that does not know
-
-
-class BadClip(Exception):
-    """A file that no clip can be made of: a reason of the closed list above, and the particulars in words."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = " ".join(detail.split())  # one line
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class Decoder(ABC):
@@ -339,7 +307,7 @@ class _Parts(Decoder):
         self._open(last)
         assert self._sound is not None
         part, log = self._known[last], self._sound.extra_info
-        own = _promised(log, int(self._sound.frames), part)
+        own = joined.promised_frames(log, int(self._sound.frames), part)
         return sum(self._length_of_known(at) for at in range(last)) + own if own else 0.0
 
     def close(self) -> None:
@@ -390,7 +358,7 @@ class _Parts(Decoder):
             assert self._sound is not None
             length, counted = int(self._sound.frames), self._known[at].frames
             length = min(length, counted) if counted else length
-            if length >= _UNKNOWN_FRAMES - 1:
+            if length >= joined.UNKNOWN_FRAMES - 1:
                 length = self._counted()
             self._lengths.append(length)
         return self._lengths[at]
@@ -418,26 +386,6 @@ class _Parts(Decoder):
     def _length_of_known(self, at: int) -> int:
         self._open(at)
         return self._length(at)
-
-
-def _promised(log: str, frames: int, part: joined.Part) -> float:
-    """Frames that a part announces.
-
-    libsndfile shortens the count to what is there, and leaves what it shortened in its log.
-    """
-    if "Last page lacks an end-of-stream bit" in log:
-        return np.inf
-    if part.promised > frames:
-        return float(part.promised)
-    # 0xFFFFFFFF and the like are what a writer into a pipe puts there: it could not know.
-    for name in ("data", r"\s*SSND", r"\s*BODY", r"\s*Data Size\s*", "riff"):
-        if found := re.search(rf"^{name} : (\d+) \(should be (\d+)\)", log, re.MULTILINE):
-            stated, there = int(found[1]), int(found[2])
-            return frames * stated / there if there > 0 and (stated < 0x7FFF_0000 or name == "riff") else 0.0
-    for pattern in (r"frame count \d+ does not match value from 'ds64' chunk of (\d+)", r"^\s*Frames\s*: (\d+)"):
-        if (found := re.search(pattern, log, re.MULTILINE)) and frames < int(found[1]) < _UNKNOWN_FRAMES - 1:
-            return float(found[1])
-    return float(frames) if frames < _UNKNOWN_FRAMES - 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------- ffmpeg

@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from pipeline.audio import ffmpeg, is_below, level_db, locate, read_segment, resample, to_int16
-from pipeline.audio.recording import BadClip, Reason
+from pipeline.audio.badclip import BadClip, Reason
 from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
 from pipeline.runtime import fingerprint, link_or_copy, outside, publish, remove, running, scratch_dir, write_json
