@@ -35,15 +35,15 @@ Split = Literal["train", "validation", "test"]
 class MixitParams(Params):
     """`mixit:` in params.yaml: what all entries share."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     loss: Objective
     max_snr_db: float
     search: Search
     mom_snr_range: list[float] = Field(min_length=2, max_length=2)
     max_stems: int = Field(ge=1)
     random_subsets: bool
-    batch_size: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
+    learning_rate: float = Field(gt=0, le=1)
     final_learning_rate: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)
     weight_decay: float = Field(ge=0)
@@ -76,10 +76,10 @@ class PretrainPerformerParams(Params):
 
     model: str
     segment_seconds: float | None = Field(gt=0)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     epochs: float = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
+    learning_rate: float = Field(gt=0, le=1)
     final_learning_rate: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)
     weight_decay: float = Field(ge=0)

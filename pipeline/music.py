@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -80,8 +80,8 @@ class MusicParams(Params):
     root: str = Field(min_length=1)
     view: Literal["all", "vdbo"]
     split: Literal["track", "report", "source"]
-    fractions: list[float] = Field(min_length=3, max_length=3)
-    seed: int = Field(ge=0)
+    fractions: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=3, max_length=3)
+    seed: int = Field(ge=0, lt=2**31)
     segment_seconds: list[float] = Field(min_length=1)
     hop_seconds: float | None
     sample_rate: int = Field(gt=0)

@@ -57,10 +57,10 @@ class PretrainParams(Params):
     weights_sha256: str | None
     weights_format: PublishedFormat
     model: ModelParams
-    seed: int = Field(ge=0)
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    seed: int = Field(ge=0, lt=2**31)
+    steps: int = Field(gt=0, le=10**9)
+    batch_size: int = Field(gt=0, le=65_536)
+    learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
     weight_decay: float = Field(ge=0)
     mask_ratio: float = Field(gt=0, lt=1)

@@ -20,9 +20,9 @@ from pipeline.upstreams import Upstream, combine
 class ProbeParams(Params):
     """`pretrain_mae.probe:` in params.yaml."""
 
-    regularisation: float = Field(gt=0)  # C of the logistic regression
+    regularisation: float = Field(gt=0, le=10**6)  # C of the logistic regression
     bootstrap_resamples: int = Field(gt=1)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,14 @@ class SeedParams(Params):
     """The one key of `train:` that this is about; the section is checked by the stage that trains."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
 
 
 class BootstrapParams(Params):
     """`report:` in params.yaml: the report's intervals and these are drawn alike."""
 
     bootstrap_resamples: int = Field(gt=1)
-    bootstrap_seed: int = Field(ge=0)
+    bootstrap_seed: int = Field(ge=0, lt=2**31)
 
 
 # ---------------------------------------------------------------------------------------------------- statistics

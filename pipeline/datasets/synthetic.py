@@ -62,7 +62,7 @@ Rng = np.random.Generator
 class Options(Params):
     """`synthetic:` in params.yaml."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     train_clips_per_class: int = Field(ge=1)
     """Clips made for each of the classes; a clip has other classes too, so that a class has about twice as many."""
     eval_clips_per_class: int = Field(ge=1)

@@ -85,7 +85,7 @@ SCHEMA = pa.schema(
 class EvaluateParams(Params):
     """`evaluate:` in params.yaml."""
 
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
     pairs_per_part: int = Field(gt=0)
     bss: bool
     bss_filter_samples: int = Field(gt=1)

@@ -60,7 +60,7 @@ class EvaluateMixitParams(Params):
     n_moms: int = Field(gt=0)
     n_mixtures: int = Field(ge=0)
     max_stems: int = Field(ge=2)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
     pairs_per_part: int = Field(gt=0)
     bss: bool
     bss_filter_samples: int = Field(gt=1)

@@ -57,8 +57,8 @@ SCHEMA = pa.schema(
 class MakeEvalPairsParams(Params):
     """`make_eval_pairs:` in params.yaml."""
 
-    seed: int = Field(ge=0)
-    pairs_per_class: int = Field(gt=0)
+    seed: int = Field(ge=0, lt=2**31)
+    pairs_per_class: int = Field(gt=0, le=10**6)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ class MineAnchorsParams(Params):
     min_purity: float = Field(ge=0, le=1)
     min_relative_energy: float = Field(ge=0, le=1)
     short: Literal["skip", "pad"]
-    batch_size: int = Field(gt=0)
-    seed: int = Field(ge=0)
+    batch_size: int = Field(gt=0, le=65_536)
+    seed: int = Field(ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"]
 
 

@@ -53,7 +53,7 @@ class ReportParams(Params):
     """`report:` in params.yaml."""
 
     bootstrap_resamples: int = Field(gt=1)
-    bootstrap_seed: int = Field(ge=0)
+    bootstrap_seed: int = Field(ge=0, lt=2**31)
     min_targets: int = Field(ge=0)
     max_lost: float = Field(ge=0, le=1)
 

@@ -56,14 +56,14 @@ class SedParams(Params):
     weights_sha256: str | None
     query_weights: str | None
     query_weights_sha256: str | None
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     channels: list[int] = Field(min_length=1)
     embedding_dim: int = Field(gt=0)
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=10**9)
     folds: int = Field(ge=0)  # 0: none; a single fold would leave nothing to train on
     fold_steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(gt=0, le=65_536)
+    learning_rate: float = Field(gt=0, le=1)
     warmup_steps: int = Field(ge=0)
     mixup: float = Field(ge=0, le=1)
     gain_db: float = Field(ge=0)

@@ -60,12 +60,12 @@ ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has th
 class TrainParams(Params):
     """`train:` in params.yaml."""
 
-    seed: int = Field(ge=0)
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    seed: int = Field(ge=0, lt=2**31)
+    steps: int = Field(gt=0, le=10**9)
+    batch_size: int = Field(gt=0, le=65_536)
     segment_seconds: float = Field(gt=0)
     optimizer: Optimizer
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1)
     warmup: list[list[float]] = Field(min_length=1)
     decay: Literal["none", "cosine"]
     loss_weights: dict[str, Annotated[float, Field(ge=0)]]
@@ -81,6 +81,8 @@ class TrainParams(Params):
     def _pieces(cls, warmup: list[list[float]]) -> list[list[float]]:
         if any(len(piece) != 2 for piece in warmup) or [p[0] for p in warmup] != sorted(p[0] for p in warmup):
             raise ValueError("warmup is a list of [from this step, x learning rate], in the order of the steps")
+        if wrong := [piece for piece in warmup if piece[0] < 0 or not 0 < piece[1] <= 10]:
+            raise ValueError(f"{wrong[0]} of warmup is not [a step, 0 or more; a factor above 0 and at most 10]")
         return warmup
 
     @field_validator("loss_weights")

@@ -50,7 +50,7 @@ Rng = np.random.Generator
 class Options(Params):
     """`music.synthetic_stems:` in params.yaml."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     n_tracks: int = Field(ge=1)
     seconds: float = Field(gt=0)
     """Of each track."""
