@@ -4,7 +4,10 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
-.PHONY: repro ablations test test-fast test-processors check gate format lock benchmarks clean
+.PHONY: help repro ablations test test-fast test-processors check gate format lock benchmarks clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS
 	python -m pipeline.repro $(if $(JOBS),--jobs $(JOBS))
@@ -35,7 +38,7 @@ check: $(READY)  ## ruff, ruff format, mypy --strict
 gate: $(READY)  ## the bounds of params.yaml, held against the committed reports/metrics.json
 	python -m pipeline.gate
 
-format: $(READY)
+format: $(READY)  ## ruff, writing
 	ruff check --fix .
 	ruff format .
 
@@ -48,7 +51,9 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, not %d.%d: make PYTHON=python3.12" % v[:2])'
 	python=$$($(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'); \
 	  $$python -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $$python -m venv --without-pip $(VENV) && $$python -m pip --python $(VENV)/bin/python install pip; }
-	$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.txt
+	@echo "Setting up $(VENV): some 2 GB to download and 5 GB of disk, minutes on a fast line; once."
+	@df -Pk . | awk 'NR == 2 && $$4 < 7000000 { print "error: " int($$4 / 1000000) " GB are free here, and the packages and the default run take 7"; exit 1 }'
+	$(VENV)/bin/python -m pip install --require-hashes -r requirements.txt
 	touch $@
 
 lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for every file

@@ -36,7 +36,7 @@ from pipeline.reporting.encoder import (
     ablations,
     as_it_stands,
 )
-from pipeline.runtime import read_json, write_atomic
+from pipeline.runtime import read_json, run_command, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -235,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

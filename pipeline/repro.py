@@ -11,28 +11,32 @@ environment does not set them.
 What is to be run, and whether it really has changed, is DVC's to say: `dvc status` first, then for a stage, as soon as
 those that it waits for are done, `dvc repro --single-item`. The jobs share dvc.lock, and wait for DVC's own lock. A
 stage that fails starts no other; those that run beside it end first, as with `make -j`. DVC is loaded once, and every
-job is a fork of the process that did.
+job is a fork of the process that did. However this process ends, its jobs end their stages, DVC writes down what is
+done, and a next run waits for that.
 """
 
 import argparse
+import fcntl
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
+from multiprocessing.connection import wait as wait_for_processes
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import networkx as nx  # type: ignore[import-untyped]
-from dvc.repo import Repo  # type: ignore[import-untyped]
-
-from pipeline.runtime import cpu_count
+from pipeline.dvc_internals import plan, restore, run_dvc
+from pipeline.runtime import cpu_count, run_command
 
 # What DVC says after every stage, and here would say thirty times over.
 HINTS = (
@@ -44,26 +48,10 @@ HINTS = (
     "Use `dvc push`",
 )
 
+INTERRUPTED = 252  # DVC's exit status after Ctrl-C
+
 # What a job needs: DVC imports most of its parts only when they are used.
 PRELOADED = ["networkx", "dvc.cli.parser", "dvc.repo.reproduce", "dvc.repo.plots", "dvc.scm", "dvc.utils.strictyaml"]
-
-
-def plan(targets: Sequence[str]) -> dict[str, set[str]]:
-    """The stages that may have to run, in DVC's order, each with those of them that it waits for.
-
-    These are the stages that `dvc status` calls changed and all that wait for them: whether the outputs of the former
-    will be other ones is not known yet.
-    """
-    with Repo() as repo:
-        changed = set(repo.status())
-        graph = nx.relabel_nodes(repo.index.graph, lambda stage: stage.addressing)  # edges to what a stage waits for
-        wanted = set(graph)
-        if targets:
-            named = {stage.addressing for target in targets for stage in repo.stage.collect(target)}
-            wanted = named.union(*(nx.descendants(graph, name) for name in named))
-    stale = changed.union(*(nx.ancestors(graph, name) for name in changed)) & wanted
-    order = [name for name in nx.dfs_postorder_nodes(graph) if name in stale]
-    return {name: set(graph.successors(name)) & stale for name in order}
 
 
 def run_side_by_side(waits_for: Mapping[str, set[str]], run: Callable[[str], bool], jobs: int) -> list[str]:
@@ -100,25 +88,48 @@ def run_side_by_side(waits_for: Mapping[str, set[str]], run: Callable[[str], boo
     return failed
 
 
-def _dvc_repro(name: str, output: Any) -> None:
-    """In a process of its own: run one stage, with all that it and DVC say going to `output` (DupFd)."""
-    os.setsid()  # a group that can be ended with all that the stage has started
-    descriptor = output.detach()
+def _dvc_repro(name: str, output: Any, lifeline: Any, alone: Any) -> None:
+    """In a process of its own: run one stage, with all that it and DVC say going to `output` (a DupFd, as the others).
+
+    SIGTERM, and the end of the run that `lifeline` is a pipe from, end the stage and not DVC, which sees that the stage
+    has failed, or writes down that it is done. `alone` is the run's lock, which stays held as long as this process.
+    """
+    os.setsid()  # a group of this process and all that the stage starts
+    descriptor, life = output.detach(), lifeline.detach()
+    alone.detach()
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    from dvc.cli import main  # type: ignore[import-untyped]
+    ended = False
 
-    sys.exit(main(["--wait-for-lock", "repro", "--single-item", name]))
+    def end_stage(number: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        ended = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, end_stage)
+
+    def follow_the_run() -> None:
+        os.read(life, 1)  # nothing is written: it returns when the run is gone, however that has ended
+        while True:  # again, in case DVC was just about to start the stage
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    signal.signal(signal.SIGTERM, end_stage)
+    threading.Thread(target=follow_the_run, daemon=True).start()
+    code = run_dvc("--wait-for-lock", "repro", "--single-item", name)
+    sys.exit(code or ended)
 
 
 class Jobs:
     """Stages as processes of their own; each line that they say is printed behind the stage's name."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, alone: int) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         self.total = total
+        self.alone = alone  # descriptor of the run's lock
+        self.life, self.life_held = os.pipe()  # no other process has the second one
         self.ended = 0
         self.processes: list[BaseProcess] = []
         self.stopped = False
@@ -130,7 +141,9 @@ class Jobs:
             if self.stopped:
                 return False
             read, write = os.pipe()
-            process = self.context.Process(target=_dvc_repro, args=(name, DupFd(write)))
+            process = self.context.Process(
+                target=_dvc_repro, args=(name, DupFd(write), DupFd(self.life), DupFd(self.alone))
+            )
             process.start()
             os.close(write)
             self.processes.append(process)
@@ -147,15 +160,47 @@ class Jobs:
         return code == 0
 
     def stop(self) -> None:
-        """End what still runs. Stages go on from where they are when they are run again."""
+        """End the stages that run, and wait for DVC to write down what is done; a second Ctrl-C does not wait.
+
+        Stages go on from where they are when they are run again.
+        """
         with self.lock:
             self.stopped = True
-            for process in self.processes:
+        try:
+            while alive := [process for process in self.processes if process.is_alive()]:
+                self._signal(alive, signal.SIGTERM)
+                wait_for_processes([process.sentinel for process in alive], timeout=1)
+        except BaseException:
+            self._signal(self.processes, signal.SIGKILL)
+            raise
+
+    def _signal(self, processes: Iterable[BaseProcess], number: int) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
                 if process.pid and process.is_alive():
-                    try:
-                        os.killpg(process.pid, signal.SIGTERM)
-                    except ProcessLookupError:  # it has no group of its own yet, or has ended in between
-                        process.terminate()
+                    (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+
+
+def hold_alone(seconds: float = 30) -> int:
+    """Descriptor of the lock that a run and its jobs hold; ValueError where another run keeps it for longer."""
+    path = Path(".dvc/tmp/repro.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 100, 0).decode().strip()
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"another `make repro` runs in this folder ({owner}): wait for it, or end it"
+                ) from None
+            time.sleep(0.1)
+        else:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()}\n".encode(), 0)
+            return descriptor
 
 
 def has_gpu() -> bool:
@@ -178,8 +223,61 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def check_first() -> None:
+    """Check params.yaml before DVC reads it, where the graph has that stage: DVC makes commands and paths of it."""
+    if not Path("dvc.yaml").is_file():
+        raise ValueError(f"no dvc.yaml in {Path.cwd()}: run this in the project's folder")
+    if "pipeline.check" in Path("dvc.yaml").read_text():
+        code = subprocess.run([sys.executable, "-m", "pipeline.check"]).returncode  # of its own: torch takes memory
+        if code:
+            sys.exit(code)
+
+
+def say_what_is_left(reports: Path) -> None:
+    """Say where the page is, and that results are committed before another experiment writes over them."""
+    if (page := reports / "report.html").is_file():
+        print(f"\nThe report: {page.absolute()}")
+        print(
+            "Before another experiment, which writes over these results, commit them:\n"
+            "  git add . && git commit -m 'results'"
+        )
+
+
+def run(targets: Sequence[str], jobs: int) -> None:
+    """Run what has changed of the targets, `jobs` stages at a time; exit with 1 where a stage failed."""
+    alone = hold_alone()
+    if done := restore():
+        print(done, flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _end)
+    check_first()
+    if jobs == 1:
+        if (code := run_dvc("repro", *targets)) == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            sys.exit("failed: what the stage said is above")
+        say_what_is_left(Path("reports"))
+        return
+    waits_for = plan(targets)
+    if not waits_for:
+        print("Data and pipelines are up to date.")
+        say_what_is_left(Path("reports"))
+        return
+    os.environ.update(share_of_cores(jobs) | dict(os.environ))
+    side = Jobs(len(waits_for), alone)
+    try:
+        failed = run_side_by_side(waits_for, side.run, jobs)
+    except BaseException:
+        side.stop()
+        raise
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}. What they said is above, behind their names.")
+    say_what_is_left(Path("reports"))
+
+
 def main() -> None:
-    """Exit with 1 where a stage failed."""
+    """Check params.yaml, then run what has changed; exit with 1 where a stage failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages, as for `dvc repro`; none: all")
     parser.add_argument(
@@ -188,25 +286,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not 1 or more")
-    if args.jobs == 1:
-        os.execv(sys.executable, [sys.executable, "-m", "dvc", "repro", *args.targets])
-    waits_for = plan(args.targets)
-    if not waits_for:
-        print("Data and pipelines are up to date.")
-        return
-    os.environ.update(share_of_cores(args.jobs) | dict(os.environ))
-    jobs = Jobs(len(waits_for))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _end)
-    try:
-        failed = run_side_by_side(waits_for, jobs.run, args.jobs)
-    except BaseException:
-        jobs.stop()
-        raise
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}. What they said is above, behind their names.")
+    run(args.targets, args.jobs)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,16 +29,18 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 from pydantic import BaseModel
+from ruamel.yaml.error import YAMLError
 
 logger = logging.getLogger(__name__)
 
@@ -408,6 +410,36 @@ def _forget_locks_in_children() -> None:
 def log_to_stderr() -> None:
     """Log lines of level INFO and above, unless logging is set up already."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run the main function of a command or stage: what the user can mend is one line and exit status 2.
+
+    That is every ValueError and OSError, and AlreadyRunning. Ctrl-C is one line and exit status 130. USS_DEBUG=1 shows
+    where it happened; other exceptions, which are faults of the code, always do.
+    """
+    debug = os.environ.get("USS_DEBUG", "") not in ("", "0")
+    if "DVC_STAGE" in os.environ and "USS_WHOLE_FILES" not in os.environ:  # a plain `dvc repro`, which we cannot mend
+        watch = [sys.executable, "-m", "pipeline.dvc_internals", "--watch", str(os.getppid())]
+        environment = os.environ | {"USS_WHOLE_FILES": "1"}  # the watch starts no other
+        no = subprocess.DEVNULL
+        subprocess.Popen(watch, env=environment, stdin=no, stdout=no, stderr=no, start_new_session=True)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\ninterrupted; run it again, it goes on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read our output has gone, as `head` does
+        sys.exit(141)
+    except (ValueError, OSError, AlreadyRunning, YAMLError) as error:
+        if debug:
+            raise
+        lines = (line.strip() for line in str(error).splitlines())
+        print(f"error: {'; '.join(line for line in lines if line) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
 
 
 def die_with_parent(signum: int = signal.SIGKILL) -> None:

@@ -49,7 +49,7 @@ from pipeline.reporting.kept import PARAMS, keep, read_kept
 from pipeline.reporting.scores import TOLERANCE_DB, read_scores
 from pipeline.reporting.statistics import AGGREGATES, cluster_bootstrap, finite_mean, interval
 from pipeline.reporting.tables import AVERAGE, MINUS, db
-from pipeline.runtime import write_atomic, write_json
+from pipeline.runtime import run_command, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -520,4 +520,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,7 +28,7 @@ import soundfile
 from tqdm import tqdm
 
 from pipeline.datasets import AUDIO_SUFFIXES
-from pipeline.runtime import log_to_stderr, read_json, write_atomic, write_json
+from pipeline.runtime import log_to_stderr, read_json, run_command, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

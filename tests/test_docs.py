@@ -25,7 +25,9 @@ def test_nothing_is_left_to_fill_in(name):
     assert not re.search(r"@@\w*@@|@[A-Z]{4,}@|\bTODO\b|\bFIXME\b|\bXXX\b", (ROOT / name).read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name in ("README.md", "CONTRIBUTING.md") or "docs/" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in PAGES if name in ("README.md", "CONTRIBUTING.md") or "docs/" in name]
+)
 def test_no_line_is_wider_than_a_screen(name):
     prose = [line for line in without_code((ROOT / name).read_text()).splitlines() if not line.startswith(("|", "#"))]
     assert [line for line in prose if len(re.sub(r"\]\([^)]*\)", "]", line)) > 125] == []

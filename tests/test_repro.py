@@ -178,7 +178,7 @@ def test_a_stage_that_fails_is_named_and_what_needs_it_is_not_started(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_when_it_is_ended_so_are_its_stages_and_the_next_run_goes_on(project, number):
     (project.path / "hang").touch()
 
@@ -204,3 +204,24 @@ def test_when_it_is_ended_so_are_its_stages_and_the_next_run_goes_on(project, nu
     result = project("pipeline.repro", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "up to date" in project("dvc", "repro").stdout
+
+
+@pytest.mark.slow
+def test_a_lock_that_a_kill_left_short_is_put_back_by_the_next_run(project):
+    assert project("pipeline.repro", "--jobs", "2").returncode == 0
+    lock = project.path / "dvc.lock"
+    (project.path / ".dvc" / "tmp" / "dvc.lock.whole").write_bytes(lock.read_bytes())
+    lock.write_bytes(lock.read_bytes()[:100])
+    assert project("dvc", "repro").returncode != 0
+    result = project("pipeline.repro", "--jobs", "1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "dvc.lock was cut off" in result.stdout
+    assert "up to date" in project("dvc", "repro").stdout
+
+
+def test_a_run_beside_another_one_says_so(workspace):
+    held = repro.hold_alone()
+    with pytest.raises(ValueError, match=rf"another `make repro` runs in this folder \(pid {os.getpid()}\)"):
+        repro.hold_alone(seconds=0.0)
+    os.close(held)
+    os.close(repro.hold_alone(seconds=0.0))

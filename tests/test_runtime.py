@@ -384,3 +384,37 @@ def test_threads_are_what_openmp_is_told_or_the_cores(said, threads, monkeypatch
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert runtime.thread_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("params.yaml is wrong:\n  a: b"), 2, "error: params.yaml is wrong:; a: b\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "error: [Errno 2] No such file or directory: 'x'\n",
+        ),
+        (runtime.AlreadyRunning("it is alive"), 2, "error: it is alive\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; run it again, it goes on\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, code, line):
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.delenv("USS_DEBUG", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        runtime.run_command(main)
+    assert (ended.value.code, capsys.readouterr().err) == (code, line)
+    monkeypatch.setenv("USS_DEBUG", "1")
+    with pytest.raises(type(error)):
+        runtime.run_command(main)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_command(lambda: 1 // 0)

@@ -43,6 +43,7 @@ from pipeline.runtime import (
     link_or_copy,
     publish,
     read_json,
+    run_command,
     running,
     scratch_dir,
     write_atomic,
@@ -424,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

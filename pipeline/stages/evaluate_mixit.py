@@ -40,6 +40,7 @@ from pipeline.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
+    run_command,
     running,
     scratch_dir,
     write_atomic,
@@ -384,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

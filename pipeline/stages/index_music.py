@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.config import load_params
 from pipeline.datasets.music import load, tracks_of
 from pipeline.music import MusicParams, index_file, segments
-from pipeline.runtime import outside, publish, remove, running, write_atomic, write_json
+from pipeline.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,7 +27,7 @@ from pipeline.anchors import AnchorIndex
 from pipeline.config import Params, load_params
 from pipeline.mixing import SILENT_ENERGY, PairsParams, energy_gain, level_ratio
 from pipeline.ontology import class_of, classes, kin
-from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import fingerprint, publish, remove, run_command, running, scratch_dir, write_atomic, write_json
 from pipeline.sampling import Draw, Exclude, PairStream
 
 log = logging.getLogger(__name__)
@@ -256,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

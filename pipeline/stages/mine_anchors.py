@@ -39,6 +39,7 @@ from pipeline.runtime import (
     publish,
     read_json,
     remove,
+    run_command,
     running,
     scratch_dir,
     sha256_file,
@@ -425,4 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

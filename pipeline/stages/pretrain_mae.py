@@ -31,6 +31,7 @@ from pipeline.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
+    run_command,
     running,
     scratch_dir,
     write_atomic,
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

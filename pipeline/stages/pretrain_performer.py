@@ -39,6 +39,7 @@ from pipeline.runtime import (
     keep_freed_memory,
     publish,
     remove,
+    run_command,
     running,
     scratch_dir,
     write_atomic,
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

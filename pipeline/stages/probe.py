@@ -19,7 +19,7 @@ from pipeline import separators, upstreams
 from pipeline.config import AudioParams, load_params
 from pipeline.devices import choose_device, use_available_cores, use_precision
 from pipeline.probing import ProbeParams, described, difference, probe_upstreams
-from pipeline.runtime import read_json, running, write_json
+from pipeline.runtime import read_json, run_command, running, write_json
 from pipeline.shards import ClipReader
 
 log = logging.getLogger(__name__)
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

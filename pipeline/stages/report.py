@@ -40,7 +40,7 @@ from pipeline.reporting.inputs import (
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
 from pipeline.reporting.statistics import per_class_csv, summarise
-from pipeline.runtime import as_json, read_json, running, write_together
+from pipeline.runtime import as_json, read_json, run_command, running, write_together
 
 log = logging.getLogger(__name__)
 
@@ -651,4 +651,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -36,7 +36,17 @@ from pipeline.audio import ffmpeg, is_below, level_db, locate, read_segment, res
 from pipeline.audio.badclip import BadClip, Reason
 from pipeline.config import AudioParams, DataParams, Params, load_params
 from pipeline.parts import run_parts
-from pipeline.runtime import fingerprint, link_or_copy, outside, publish, remove, running, scratch_dir, write_json
+from pipeline.runtime import (
+    fingerprint,
+    link_or_copy,
+    outside,
+    publish,
+    remove,
+    run_command,
+    running,
+    scratch_dir,
+    write_json,
+)
 from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
 
 logger = logging.getLogger(__name__)
@@ -398,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import ontology
 from pipeline.config import DataParams, load_params
 from pipeline.datasets import Clip, load
-from pipeline.runtime import outside, publish, remove, running, write_atomic, write_json
+from pipeline.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

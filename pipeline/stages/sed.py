@@ -38,7 +38,7 @@ from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
 from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 from pipeline.ontology import class_of, classes
 from pipeline.panns import Detector, SmallCnn
-from pipeline.runtime import fingerprint, keep_freed_memory, publish, running, scratch_dir, write_json
+from pipeline.runtime import fingerprint, keep_freed_memory, publish, run_command, running, scratch_dir, write_json
 from pipeline.shards import ClipEntry, ClipReader
 from pipeline.training import build_optimizer, fit, learning_rate_factor, rows_on_disk, write_curve
 from pipeline.weights import read_tensors
@@ -316,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -33,7 +33,7 @@ from pipeline.devices import (
 )
 from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 from pipeline.music import MomBatch, MusicParams
-from pipeline.runtime import fingerprint, publish, remove, running, scratch_dir, write_atomic, write_json
+from pipeline.runtime import fingerprint, publish, remove, run_command, running, scratch_dir, write_atomic, write_json
 from pipeline.separators import build_blind
 from pipeline.training import Fitted, Validation, fit, write_curve
 from pipeline.weights import read_safetensors
@@ -230,19 +230,20 @@ def main() -> None:
     parser.add_argument("name", help="an entry of the section")
     parser.add_argument("--data", choices=["music", "anchors"], required=True)
     parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of train")
-    parser.add_argument("--pretrained", type=Path, help="weights of stage pretrain_performer")
+    parser.add_argument("--pretrained", type=Path, help="where stage pretrain_performer wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
     entry = mixit.read_entry(args.name, args.data)
     params = load_params("mixit", MixitParams)
     music = load_params("music", MusicParams) if args.data == "music" else None
+    pretrained = args.pretrained / f"pretrained_{str(entry.params.pretrained).lower()}" if args.pretrained else None
     with running(f"train_mixit@{args.name}", args.out) as told:
         config = train_mixit(
-            entry, args.source, args.out, args.curve, params=params, music=music, pretrained=args.pretrained, told=told
+            entry, args.source, args.out, args.curve, params=params, music=music, pretrained=pretrained, told=told
         )
         log.info("%s: %s", args.name, config)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,6 +43,7 @@ from pipeline.runtime import (
     keep_freed_memory,
     publish,
     read_json,
+    run_command,
     running,
     scratch_dir,
     write_atomic,
@@ -322,4 +323,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

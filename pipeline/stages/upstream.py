@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from pipeline.config import Params, load_params
-from pipeline.runtime import running, write_json
+from pipeline.runtime import run_command, running, write_json
 
 log = logging.getLogger(__name__)
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
