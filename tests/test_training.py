@@ -195,7 +195,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
 
 def test_the_network_learns(tmp_path):
     _, rows = run(tmp_path, steps=300)
-    assert float(rows[-1]["loss"]) < 0.75 * float(rows[0]["loss"])  # measured over seeds: 0.33 to 0.44 of it
+    losses = [float(row["loss"]) for row in rows]  # a row is three batches of four, under dropout: noise
+    assert sum(losses[-50:]) < 0.9 * sum(losses[:10]) * 5
 
 
 class Scripted:
