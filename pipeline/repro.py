@@ -290,4 +290,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from pipeline import repro  # by its own name, under which the jobs find what they run
+
+    run_command(repro.main)

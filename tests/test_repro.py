@@ -145,6 +145,8 @@ def test_dvc_finds_nothing_to_do_after_it_and_only_what_changed_is_run(project):
     result = project("pipeline.repro", "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (project.path / "out" / "last").read_text() == "1firstsecond11firstsecond21otherlast"
+    (project.path / "out" / "last").unlink()
+    assert "last | done" in project("pipeline", "repro", "--jobs", "2").stdout  # by the one door
     assert "last | done; 5 of 5 stages" in result.stdout
     assert "other | threads 3" in result.stdout  # what the environment says stays
     assert "Updating lock file" not in result.stdout
