@@ -216,3 +216,20 @@ def test_a_wrong_param_stops_it_with_its_dotted_name(anchors, workspace, monkeyp
     with pytest.raises(ValueError, match=re.escape(message)):
         main()
     assert not Path("out").exists()
+
+
+def test_an_entry_trains_by_keys_of_its_own(anchors, workspace, monkeypatch):
+    own = "train: {steps: 3, segment_seconds: 0.1, loss_weights: {rms: 1.0, spectral: 0.5}}"
+    sizes = "bands: 4, width: 8, layers: 1, frame_hidden: 16, recurrent_hidden: 8, mask_hidden: 16, query_hidden: 8"
+    entry = f"small: {{architecture: bandsplit, weights: null, weights_sha256: null, {own},"
+    entry += f" model: {{n_fft: 128, hop_length: 64, {sizes}}}}}"
+    Path("params.yaml").write_text(PARAMS_YAML.replace("separators: {", f"separators: {{{entry}, "))
+    command = ["train_separator", "small", "--anchors", str(anchors), "--sed", str(write_sed(anchors.parent / "sed"))]
+    command += ["--out", "out", "--curve", "curve.csv"]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    assert json.loads(Path("out/config.json").read_text())["steps"] == 3
+    header, row = Path("curve.csv").read_text().splitlines()
+    assert {"rms", "spectral"} <= set(header.split(","))
+    assert "l1" not in header.split(",")
+    assert row.startswith("3,")
