@@ -367,6 +367,7 @@ PARAMS = TrainParams(
     steps=6,
     batch_size=2,
     segment_seconds=0.25,
+    query="own",
     optimizer="adamw",
     learning_rate=3e-3,
     warmup=[[0.0, 1.0]],

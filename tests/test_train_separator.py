@@ -1,6 +1,7 @@
 """The stage train_separator, on tones: it learns, resumes to the same bytes, and takes published weights unchanged."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.anchors import AnchorReader
 from pipeline.mixing import PairsParams
 from pipeline.separators import build
 from pipeline.separators.resunet import dropped_shapes, published_name
@@ -29,6 +32,7 @@ PARAMS = TrainParams(
     steps=6,
     batch_size=2,
     segment_seconds=0.25,
+    query="own",
     optimizer="adamw",
     learning_rate=3e-3,
     warmup=[[0.0, 0.1], [2.0, 1.0]],
@@ -122,6 +126,29 @@ def test_a_shorter_segment_is_cut_from_the_same_mixture(anchors):
         Batches(anchors, PAIRS, seed=0, batch_size=4, segment_seconds=0.5)
 
 
+def test_a_class_query_is_a_mean_of_the_targets_class_and_changes_nothing_else(anchors, monkeypatch):
+    numbered = lambda _, row: np.array([row, int(row) ** 2, 1, 0], np.float32)  # noqa: E731
+    monkeypatch.setattr(AnchorReader, "query", numbered)
+    settings = {"seed": 0, "batch_size": 4, "segment_seconds": 0.125}
+    own = Batches(anchors, PAIRS, **settings)
+    classes, again = (Batches(anchors, PAIRS, **settings, query="class") for _ in range(2))
+    index, differ = own.index, 0
+    for n in range(6):
+        one, other = own.load(n), classes.load(n)
+        assert torch.equal(other.query, again.load(n).query)
+        assert torch.equal(one.target, other.target)
+        targets, interferers = own.stream.batch(n, 4)
+        for rows, queries in ((targets, other.query), (interferers, other.interferer_query)):
+            for row, query in zip(rows, queries, strict=True):
+                members = torch.from_numpy(own.reader.queries(index.rows(int(index.class_index[row]))))
+                subsets = itertools.chain.from_iterable(
+                    itertools.combinations(range(len(members)), k) for k in range(1, len(members) + 1)
+                )
+                assert any(torch.allclose(members[list(some)].mean(dim=0), query) for some in subsets)
+        differ += int(not torch.equal(one.query, other.query))
+    assert differ
+
+
 def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
     arguments = {"query_dim": 4, "n_fft": MODEL["n_fft"], "channels": MODEL["channels"]}
     torch.manual_seed(0)
@@ -145,7 +172,7 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
-train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, optimizer: adamw, learning_rate: 3e-3,
+train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, query: own, optimizer: adamw, learning_rate: 3e-3,
   warmup: [[0, 1.0]], decay: none, loss_weights: {l1: 1.0},
   gradient_clip: 0.0, ema: 0.9, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null, train: {},

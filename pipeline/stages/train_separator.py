@@ -1,10 +1,10 @@
 """Stage train_separator: train one entry of `separators:` or `mae_separators:` to give back the queried one of two
 mixed anchors.
 
-The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III). The loss is a weighted sum
-(`train.loss_weights`) of objectives that compare the waveforms, such as L1, and of the separator's own terms. Anchors
-were mined once, so a step reads 2 x batch segments and nothing else. Batch n is a pure function of (seed, n): a killed
-run goes on from its checkpoint to the weights it would have had.
+The query is the embedding of the clean target (Kong et al., arXiv:2305.07447, section III), or a mean of its class, as
+in use. The loss is a weighted sum (`train.loss_weights`) of objectives that compare the waveforms, such as L1, and of
+the separator's own terms. Anchors were mined once, so a step reads 2 x batch segments, and queries. Batch n is a pure
+function of (seed, n): a killed run goes on from its checkpoint to the weights it would have had.
 
 All entries that change nothing of `train` meet the same mixtures in the same order, and their U-Nets begin with the
 same weights. An entry of `separators:` may replace keys of `train` by its own: its steps, its objectives.
@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from pydantic import Field, field_validator
 from safetensors.torch import save
 from torch import Tensor
@@ -58,6 +59,10 @@ log = logging.getLogger(__name__)
 ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has the shards' hashes, of the queries too
 
 
+Query = Literal["own", "class"]
+QUERIES_IN_A_MEAN = 16  # at most, of a class' anchors, where each is read from the disk
+
+
 class TrainParams(Params):
     """`train:` in params.yaml."""
 
@@ -65,6 +70,7 @@ class TrainParams(Params):
     steps: int = Field(gt=0, le=10**9)
     batch_size: int = Field(gt=0, le=65_536)
     segment_seconds: float = Field(gt=0)
+    query: Query
     optimizer: Optimizer
     learning_rate: float = Field(gt=0, le=1)
     warmup: list[list[float]] = Field(min_length=1)
@@ -132,12 +138,19 @@ class Batches:
     """Batch n of training, a pure function of (seed, n), float32."""
 
     def __init__(
-        self, anchors: Path, pairs: PairsParams, *, seed: int, batch_size: int, segment_seconds: float
+        self,
+        anchors: Path,
+        pairs: PairsParams,
+        *,
+        seed: int,
+        batch_size: int,
+        segment_seconds: float,
+        query: Query = "own",
     ) -> None:
         self.index = AnchorIndex.load(anchors)
         self.reader = AnchorReader(anchors, self.index)
         self.stream = PairStream(**self.index.pair_columns(), seed=seed, exclude=pairs.exclude, kin=kin)
-        self.pairs, self.seed, self.batch_size = pairs, seed, batch_size
+        self.pairs, self.seed, self.batch_size, self.query = pairs, seed, batch_size, query
         self.segment_samples = round(segment_seconds * self.index.sample_rate)
         if self.segment_samples > self.index.segment_samples:
             raise ValueError(
@@ -160,14 +173,25 @@ class Batches:
             max_gain=self.pairs.max_gain,
         )
         mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
+        rng = np.random.default_rng([self.seed, n])
+        start = int(rng.integers(mixture.shape[1] - self.segment_samples, endpoint=True))
         query, interferer_query = (
-            torch.from_numpy(np.stack([self.reader.query(row) for row in rows])) for rows in (targets, interferers)
-        )
-        start = int(
-            np.random.default_rng([self.seed, n]).integers(mixture.shape[1] - self.segment_samples, endpoint=True)
+            torch.from_numpy(np.stack([self._query(row, rng) for row in rows.tolist()]))
+            for rows in (targets, interferers)
         )
         part = slice(start, start + self.segment_samples)
         return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query, interferer_query)
+
+    def _query(self, row: int, rng: np.random.Generator) -> Float32[np.ndarray, " query_dim"]:
+        """The anchor's own embedding, or the mean of those of any few anchors of its class."""
+        if self.query == "own":
+            return self.reader.query(row)
+        rows = self.index.rows(int(self.index.class_index[row]))
+        count = rng.integers(min(len(rows), QUERIES_IN_A_MEAN), endpoint=False) + 1
+        mean: Float32[np.ndarray, " query_dim"] = self.reader.queries(rng.choice(rows, count, replace=False)).mean(
+            axis=0
+        )
+        return mean
 
     def describe(self, n: int) -> str:
         """The anchors of batch n, for an error message."""
@@ -270,6 +294,7 @@ def train_separator(
             seed=params.seed,
             batch_size=params.batch_size,
             segment_seconds=params.segment_seconds,
+            query=params.query,
         )
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
