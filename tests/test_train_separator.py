@@ -33,6 +33,8 @@ PARAMS = TrainParams(
     batch_size=2,
     segment_seconds=0.25,
     query="own",
+    level_db=0.0,
+    equaliser_db=0.0,
     optimizer="adamw",
     learning_rate=3e-3,
     warmup=[[0.0, 0.1], [2.0, 1.0]],
@@ -149,6 +151,31 @@ def test_a_class_query_is_a_mean_of_the_targets_class_and_changes_nothing_else(a
     assert differ
 
 
+def test_levels_and_equalisers_vary_by_the_number_of_the_batch_alone(anchors):
+    settings = {"seed": 0, "batch_size": 4, "segment_seconds": 0.25}
+    plain = Batches(anchors, PAIRS, **settings)
+    louder, filtered = (
+        Batches(anchors, PAIRS, **settings, level_db=6.0),
+        Batches(anchors, PAIRS, **settings, equaliser_db=6.0),
+    )
+    again = Batches(anchors, PAIRS, **settings, level_db=6.0, equaliser_db=6.0)
+    ratios = []
+    for n in range(8):
+        batch = louder.load(n)
+        assert torch.equal(batch.query, plain.load(n).query)
+        rest = (batch.mixture - batch.target).square().mean(dim=1)
+        ratios += (10 * torch.log10(rest / batch.target.square().mean(dim=1))).tolist()
+        # Each of one tone: an equaliser changes no shape, and both are brought to one level again.
+        batch = filtered.load(n)
+        rest = (batch.mixture - batch.target).square().mean(dim=1)
+        torch.testing.assert_close(rest, batch.target.square().mean(dim=1), rtol=1e-3, atol=1e-6)
+        assert torch.equal(again.load(n).mixture, again.load(n).mixture)
+    assert not torch.equal(filtered.load(0).mixture, plain.load(0).mixture)
+    assert max(map(abs, ratios)) < 6.01
+    assert min(ratios) < -1
+    assert max(ratios) > 1
+
+
 def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
     arguments = {"query_dim": 4, "n_fft": MODEL["n_fft"], "channels": MODEL["channels"]}
     torch.manual_seed(0)
@@ -172,7 +199,8 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
-train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, query: own, optimizer: adamw, learning_rate: 3e-3,
+train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, query: own, level_db: 3.0, equaliser_db: 2.0,
+  optimizer: adamw, learning_rate: 3e-3,
   warmup: [[0, 1.0]], decay: none, loss_weights: {l1: 1.0},
   gradient_clip: 0.0, ema: 0.9, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}
 separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null, train: {},

@@ -36,7 +36,7 @@ from pipeline.config import Params, load_params
 from pipeline.cost import cost
 from pipeline.devices import Precision, autocast, choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.losses import SEPARATION
-from pipeline.mixing import PairsParams, energy, energy_gain, mix
+from pipeline.mixing import PairsParams, energy, energy_gain, equalise, mix
 from pipeline.ontology import kin
 from pipeline.portable import equip
 from pipeline.runtime import (
@@ -60,6 +60,8 @@ ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has th
 
 
 Query = Literal["own", "class"]
+EQUALISER_POINTS = 8
+VARIATIONS = 1  # last word of the generator of levels and equalisers: without them the other draws are the same
 QUERIES_IN_A_MEAN = 16  # at most, of a class' anchors, where each is read from the disk
 
 
@@ -71,6 +73,8 @@ class TrainParams(Params):
     batch_size: int = Field(gt=0, le=65_536)
     segment_seconds: float = Field(gt=0)
     query: Query
+    level_db: float = Field(ge=0)
+    equaliser_db: float = Field(ge=0)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0, le=1)
     warmup: list[list[float]] = Field(min_length=1)
@@ -146,11 +150,14 @@ class Batches:
         batch_size: int,
         segment_seconds: float,
         query: Query = "own",
+        level_db: float = 0.0,
+        equaliser_db: float = 0.0,
     ) -> None:
         self.index = AnchorIndex.load(anchors)
         self.reader = AnchorReader(anchors, self.index)
         self.stream = PairStream(**self.index.pair_columns(), seed=seed, exclude=pairs.exclude, kin=kin)
         self.pairs, self.seed, self.batch_size, self.query = pairs, seed, batch_size, query
+        self.level_db, self.equaliser_db = level_db, equaliser_db
         self.segment_samples = round(segment_seconds * self.index.sample_rate)
         if self.segment_samples > self.index.segment_samples:
             raise ValueError(
@@ -164,7 +171,10 @@ class Batches:
         In NumPy: torch would start threads here too, and those of the step would wait for them (a fifth of its time).
         """
         targets, interferers = self.stream.batch(n, self.batch_size)
-        target, interferer = (np.stack([self.reader.waveform(row) for row in rows]) for rows in (targets, interferers))
+        varied = np.random.default_rng([self.seed, n, VARIATIONS])
+        target, interferer = (
+            self._equalised(self.reader.waveforms(rows.tolist()), varied) for rows in (targets, interferers)
+        )
         gain = energy_gain(
             energy(target),
             energy(interferer),
@@ -172,6 +182,8 @@ class Batches:
             min_gain=self.pairs.min_gain,
             max_gain=self.pairs.max_gain,
         )
+        if self.level_db:
+            gain = gain * 10 ** (varied.uniform(-self.level_db, self.level_db, len(gain)) / 20).astype(np.float32)
         mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
         rng = np.random.default_rng([self.seed, n])
         start = int(rng.integers(mixture.shape[1] - self.segment_samples, endpoint=True))
@@ -181,6 +193,14 @@ class Batches:
         )
         part = slice(start, start + self.segment_samples)
         return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query, interferer_query)
+
+    def _equalised(
+        self, waveform: Float32[np.ndarray, "batch time"], rng: np.random.Generator
+    ) -> Float32[np.ndarray, "batch time"]:
+        if not self.equaliser_db:
+            return waveform
+        decibels = rng.normal(0, self.equaliser_db, (len(waveform), EQUALISER_POINTS))
+        return equalise(waveform, decibels, sample_rate=self.index.sample_rate)
 
     def _query(self, row: int, rng: np.random.Generator) -> Float32[np.ndarray, " query_dim"]:
         """The anchor's own embedding, or the mean of those of any few anchors of its class."""
@@ -295,6 +315,8 @@ def train_separator(
             batch_size=params.batch_size,
             segment_seconds=params.segment_seconds,
             query=params.query,
+            level_db=params.level_db,
+            equaliser_db=params.equaliser_db,
         )
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
