@@ -138,9 +138,18 @@ def test_params_name_a_subset_once(tmp_path):
         DataParams(source="audioset", root="x", train=["a"], eval=[])
 
 
-def test_the_embedded_params_fit():
+def test_the_embedded_recordings_are_there():
     embedded = load_params("data", DataParams, REPOSITORY / "params.yaml")
-    options = load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "params.yaml")
+    source = load(embedded.source)
+    for subset, n in ((subset, 80) for subset in (*embedded.train, *embedded.eval)):
+        clips = list(source.clips(REPOSITORY / embedded.root, subset))
+        assert len(clips) == n
+        assert all(clip.path is not None for clip in clips)
+
+
+def test_the_params_of_the_generated_corpus_fit():
+    embedded = load_params("data", DataParams, REPOSITORY / "profiles/synthetic.yaml")
+    options = load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "profiles/synthetic.yaml")
     assert embedded.source == "synthetic"
     assert options.train_clips_per_class > options.eval_clips_per_class > 0
 
