@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
     {"runtime", "linear"},
-    {"config", "audio", "devices", "features", "favor", "mask_metrics", "mining", "ontology", "weights"}
+    {"config", "audio", "devices", "features", "favor", "mask_metrics", "mining", "ontology", "statistics", "weights"}
     | {"dvc_internals"},
     {"panns", "shards", "parts", "stem_mp4", "fbank", "mixing", "losses", "metrics", "training", "datasets"},
     {"upstreams", "music", "anchors"},

@@ -71,6 +71,8 @@ def make_scores(n_classes=3, pairs_per_class=4, clips_per_class=3, gain=5.0, see
                         "class_index": cls.index,
                         "mid": cls.mid,
                         "target_clip": f"clip-{k}-{i % clips_per_class}",
+                        "target_recording": f"clip-{k}-{i % clips_per_class}",
+                        "interferer_recording": f"clip-{(k + 1) % len(CLASSES)}-{pair}",
                         "interferer_class_index": other.index,
                         "query": query,
                         "sdr_mixture": before,

@@ -32,6 +32,8 @@ def make_scores(gain=5.0, noise=1.0, seed=0, query="average"):
             "class_index": 10 * k + 7,
             "mid": [f"/m/{i}" for i in k],
             "target_clip": [f"clip-{i}-{p % CLIPS}" for i, p in zip(k, pair, strict=True)],
+            "target_recording": [f"clip-{i}-{p % CLIPS}" for i, p in zip(k, pair, strict=True)],
+            "interferer_recording": [f"other-{p}" for p in pair],
             "interferer_class_index": 10 * k + 8,
             "query": query,
             "sdr_mixture": before,

@@ -168,8 +168,8 @@ def limitations(source: str, normalize: str, one_clip_classes: int) -> list[str]
         "Labels are weak: an anchor is where a detector is surest of a class, and may hold other sounds as well. What "
         "the target holds besides its class counts against a separator that leaves it out.",
         "The oracle query is the embedding of the clean target: an upper bound that no user has.",
-        "Intervals are over the target clips of the given classes. They do not cover another training seed, other "
-        "interferers or other classes.",
+        "Intervals are over the recordings of the given classes. They do not cover another training seed or other "
+        "classes.",
     ]
     if one_clip_classes:
         said.append(

@@ -9,7 +9,9 @@ import pandas as pd
 
 QUERIES = ("average", "oracle")
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: it names files
-KEYS = ["pair", "class_index", "mid", "target_clip", "interferer_class_index", "query"]
+RECORDINGS = ["target_recording", "interferer_recording"]
+SAME = ["class_index", "mid", "target_clip", *RECORDINGS, "interferer_class_index"]  # of a pair, for every model
+KEYS = ["pair", *SAME, "query"]
 REQUIRED = ["sdr_mixture", "sdr_half", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
 OPTIONAL = ["bss_sdr_mixture", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar"]  # evaluate.bss may be off
 # How far two models' readings of the same mixture may lie apart: float32 sums on different devices.
@@ -45,7 +47,8 @@ def _read(path: Path, model: str) -> pd.DataFrame:
         raise ValueError(f"{model} has no scores: {path} does not exist")
     table = pd.read_parquet(path)
     if missing := sorted(set(KEYS + REQUIRED) - set(table.columns)):
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        older = "; it is of older code: `dvc repro` scores the pairs anew" if set(missing) & set(RECORDINGS) else ""
+        raise ValueError(f"{path} lacks {', '.join(missing)}{older}")
     if table.empty:
         raise ValueError(f"{path} has no rows")
     if unknown := sorted(set(table["query"]) - set(QUERIES)):
@@ -79,7 +82,7 @@ def _check_manifest(rows: pd.DataFrame, pairs: pd.DataFrame, what: str) -> None:
     """Hold the rows of one model and query against the evaluation manifest."""
     _same(set(pairs["pair"]), set(rows["pair"]), "the evaluation pairs", what)
     ours = rows.set_index("pair").loc[pairs["pair"]]
-    for column in ("class_index", "mid", "target_clip", "interferer_class_index"):
+    for column in SAME:
         differs = ours[column].to_numpy() != pairs[column].to_numpy()
         if differs.any():
             at = int(np.argmax(differs))
@@ -94,7 +97,7 @@ def _check_same_pairs(a: pd.DataFrame, b: pd.DataFrame, name_a: str, name_b: str
     a, b = a.set_index("pair"), b.set_index("pair")
     _same(set(a.index), set(b.index), name_a, name_b)
     b = b.loc[a.index]
-    for column in ("class_index", "mid", "target_clip", "interferer_class_index"):
+    for column in SAME:
         differs = a[column].to_numpy() != b[column].to_numpy()
         if differs.any():
             at = a.index[int(np.argmax(differs))]

@@ -4,12 +4,9 @@ Two aggregates, always named. Kong et al. (arXiv:2305.07447) report the mean ove
 *median* (`class_median_mean`, the headline here); the mean over classes of the per-class *mean* is
 `class_mean_mean`. Undefined (NaN) pairs are left out of their class, and counted.
 
-Intervals are 95 % percentile intervals of a cluster bootstrap. The classes are held fixed: they are the
-benchmark, not a sample of one. Within a class the *target clips* are drawn with replacement, each with all
-of its pairs, because pairs cut from one clip are not independent (of AudioSet's classes, 474 of 527 have
-fewer eval clips than the 100 pairs asked of them). All models and queries share each draw, so differences
-are paired by pair. What the interval does not cover: another training seed, other interferers, and that a
-clip with two labels serves two classes.
+Intervals are those of pipeline/statistics.py: over the recordings of the targets within each class and those of the
+interferers over all, the classes held fixed. All models and queries share each draw, so differences are paired by
+pair. What the interval does not cover: another training seed, and that a clip with two labels serves two classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+
+from pipeline.statistics import Design, Statistic, class_intervals, mean_over_classes, resample
 
 METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar")
 AGGREGATES = ("median", "mean")
@@ -154,7 +153,12 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
         for q in queries
         if f"{m}.{q}" in columns and f"{models[0]}.{q}" in columns
     }
-    bootstrap = cluster_bootstrap(columns, class_index, clip, n_resamples=n_resamples, seed=seed)
+    design = Design.of(
+        class_index.tolist(),
+        class_of_pair["target_recording"].tolist(),
+        class_of_pair["interferer_recording"].tolist(),
+    )
+    bootstrap = resample(columns, design, n_resamples=n_resamples, seed=seed)
 
     metrics: dict[str, int | float] = {"schema": SCHEMA}
     frames: list[pd.DataFrame] = []
@@ -182,23 +186,23 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
         if table["bss_sdr"].notna().any():
             metrics[f"{key}.n_nan_bss"] = int(table["bss_sdr"].isna().sum())
         for kind in AGGREGATES:
-            low, high = interval(finite_mean(bootstrap[key, kind].resampled))
-            metrics[f"{key}.sdri_class_{kind}_mean_ci_lo"] = float(low)
-            metrics[f"{key}.sdri_class_{kind}_mean_ci_hi"] = float(high)
+            found = mean_over_classes([bootstrap[key, kind]], design)
+            metrics[f"{key}.sdri_class_{kind}_mean_ci_lo"] = found.low
+            metrics[f"{key}.sdri_class_{kind}_mean_ci_hi"] = found.high
         frame = _class_rows(table, class_index, clip, model, query)
         for kind in AGGREGATES:
-            frame[f"sdri_{kind}_ci_lo"], frame[f"sdri_{kind}_ci_hi"] = interval(bootstrap[key, kind].resampled)
+            frame[f"sdri_{kind}_ci_lo"], frame[f"sdri_{kind}_ci_hi"] = class_intervals(bootstrap[key, kind], design)
         frame["versus"] = ""
         for name in ("delta_sdri_median", "delta_sdri_median_ci_lo", "delta_sdri_median_ci_hi"):
             frame[name] = np.nan
         if key in differences:
-            delta = _differences(differences[key], bootstrap, class_index, clip, n_resamples=n_resamples, seed=seed)
+            delta = _differences(differences[key], bootstrap, design, n_resamples=n_resamples, seed=seed)
             prefix = f"{key}.vs_{models[0]}"
             for kind in AGGREGATES:
-                low, high = interval(finite_mean(delta[kind].resampled))
-                metrics[f"{prefix}.sdri_class_{kind}_mean"] = float(finite_mean(delta[kind].point))
-                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_lo"] = float(low)
-                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_hi"] = float(high)
+                found = mean_over_classes([delta[kind]], design)
+                metrics[f"{prefix}.sdri_class_{kind}_mean"] = found.value
+                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_lo"] = found.low
+                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_hi"] = found.high
             point = delta["median"].point
             metrics[f"{prefix}.wilcoxon_p"] = wilcoxon_p(point)
             metrics[f"{prefix}.classes_better"] = int((point > 0).sum())
@@ -206,7 +210,9 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
             metrics[f"{prefix}.classes_same"] = int((point == 0).sum())
             frame["versus"] = models[0]
             frame["delta_sdri_median"] = point
-            frame["delta_sdri_median_ci_lo"], frame["delta_sdri_median_ci_hi"] = interval(delta["median"].resampled)
+            frame["delta_sdri_median_ci_lo"], frame["delta_sdri_median_ci_hi"] = class_intervals(
+                delta["median"], design
+            )
         frames.append(frame)
 
     per_class = pd.concat(frames, ignore_index=True)
@@ -241,14 +247,8 @@ def _paired(columns: Mapping[str, np.ndarray], key: str, reference: str) -> _Pai
 
 
 def _differences(
-    pair: _Pair,
-    bootstrap: Mapping[tuple[str, str], Resampled],
-    class_index: np.ndarray,
-    clip: np.ndarray,
-    *,
-    n_resamples: int,
-    seed: int,
-) -> dict[str, Resampled]:
+    pair: _Pair, bootstrap: Mapping[tuple[str, str], Statistic], design: Design, *, n_resamples: int, seed: int
+) -> dict[str, Statistic]:
     """Per-class differences between two models, over the pairs that are defined for both."""
     key, reference = pair.key, pair.reference
     if not np.array_equal(np.isnan(pair.values), np.isnan(pair.reference_values)):
@@ -256,14 +256,8 @@ def _differences(
             key: np.where(pair.both, pair.values, np.nan),
             reference: np.where(pair.both, pair.reference_values, np.nan),
         }
-        bootstrap = cluster_bootstrap(masked, class_index, clip, n_resamples=n_resamples, seed=seed)
-    return {
-        kind: Resampled(
-            bootstrap[key, kind].point - bootstrap[reference, kind].point,
-            bootstrap[key, kind].resampled - bootstrap[reference, kind].resampled,
-        )
-        for kind in AGGREGATES
-    }
+        bootstrap = resample(masked, design, n_resamples=n_resamples, seed=seed)
+    return {kind: bootstrap[key, kind] - bootstrap[reference, kind] for kind in AGGREGATES}
 
 
 def _aggregates(table: pd.DataFrame, class_index: np.ndarray) -> dict[str, int | float]:

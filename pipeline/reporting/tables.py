@@ -52,9 +52,9 @@ COLUMNS = {
 }
 
 ONE_TRAINING = (
-    "One training of each model: the intervals are over clips. Another seed moves a difference by more, and so does "
-    "the same seed on another kind of processor, whose sums differ in their last bits. python -m pipeline.seeds gives "
-    "intervals over trainings."
+    "One training each is no verdict: the intervals are over recordings. Another seed moves a difference by more, and "
+    "so does the same seed on another kind of processor, whose sums differ in their last bits. "
+    "python -m pipeline.seeds gives intervals over trainings."
 )
 
 
