@@ -1,4 +1,4 @@
-"""What is written for people: README is a front door, links resolve, nothing is left to fill in, figures are the run's."""
+"""Texts for people: README is a front door, links resolve, nothing is left to fill in, figures are those of the run."""
 
 import re
 import subprocess

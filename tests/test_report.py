@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy.io import wavfile
 
 from pipeline import ontology
-from pipeline.reporting import charts, encoder, page, sounds, tables
+from pipeline.reporting import charts, encoder, listening, page, sounds, tables
 from pipeline.reporting.gates import GateParams
 from pipeline.reporting.inputs import SplitData, ThinClass, flat_scalars, read_split
 from pipeline.reporting.provenance import code, data_hash, hardware, profile
@@ -31,7 +31,7 @@ from pipeline.reporting.statistics import (
     weighted_median,
     wilcoxon_p,
 )
-from pipeline.stages.report import Places, Settings, _rerun, comparisons, main, read_examples, report
+from pipeline.stages.report import Places, Settings, _rerun, comparisons, main, report
 
 RATE = 32000
 PARAMS = """\
@@ -127,7 +127,7 @@ def write_model(root, name, scores, n_examples=1, class_name=None):
                 "target_clip": first["target_clip"],
                 "files": {s: f"{pair}-{s}.wav" for s in ("mixture", "target", "average", "oracle")},
                 "sdr_mixture": float(first["sdr_mixture"]),
-                **{query: {"sdri": float(row["sdri"])} for query, row in rows.iterrows()},
+                **{q: {"sdri": float(row["sdri"]), "si_sdri": float(row["si_sdri"])} for q, row in rows.iterrows()},
             }
         )
     (directory / "examples" / "examples.json").write_text(json.dumps(described))
@@ -519,7 +519,7 @@ def test_the_page_has_players_that_play(run):
 
     shown = (run / "report.html").read_text()
     uris = re.findall(r'src="data:audio/mpeg;base64,([^"]+)"', shown)
-    assert len(uris) == 4  # mixture, target, average, oracle
+    assert len(uris) == 3  # mixture, target, the estimate under the average query
     for uri in uris:
         path = run / "sound.mp3"
         path.write_bytes(base64.b64decode(uri))
@@ -528,7 +528,7 @@ def test_the_page_has_players_that_play(run):
         assert len(waveform) / rate == pytest.approx(2, abs=0.1)
         level = 10 * np.log10(np.mean(waveform[RATE // 4 : -RATE // 4] ** 2))
         assert level == pytest.approx(sounds.LOUDNESS_DB, abs=2)
-    assert len(re.findall(r'src="data:image/webp;base64,', shown)) == 4
+    assert len(re.findall(r'src="data:image/webp;base64,', shown)) == 3
 
 
 def test_what_was_lost_on_the_way_is_named(run):
@@ -622,6 +622,7 @@ def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, mo
         "purity.svg",
         "provenance.json",
         "report.html",
+        "example.webp",
     }
     assert json.loads((workspace / "data" / "timings" / "report.json").read_text())["seconds"] > 0
 
@@ -750,30 +751,49 @@ def test_example_files_cannot_lead_elsewhere(tmp_path):
     make_run(tmp_path)
     examples = tmp_path / "data" / "scores" / "resunet" / "examples" / "examples.json"
     described = json.loads(examples.read_text())
-    described[0]["files"]["target"] = "../../../../secret.wav"
+    for item in described:
+        item["files"]["target"] = "../../../../secret.wav"
     wavfile.write(tmp_path / "secret.wav", RATE, np.zeros(100, np.float32))
     examples.write_text(json.dumps(described))
     with pytest.raises(FileNotFoundError, match=r"examples/secret\.wav"):
-        read_examples(tmp_path / "data" / "scores", ["resunet"], 700_000)
+        listening.read_examples(tmp_path / "data" / "scores", ["resunet"], "resunet", 700_000)
 
 
-def test_six_examples_keep_the_page_below_900_kb(tmp_path):
+def test_three_pairs_are_chosen_by_their_rank_among_all():
+    values = np.arange(100.0)
+    rows = [
+        {"pair": p, "query": q, "si_sdri": v if q == "average" else 0.0}
+        for p, v in enumerate(values)
+        for q in ("average", "oracle")
+    ]
+    chosen = listening.choose(pd.DataFrame(rows), [2, 10, 40, 51, 80, 93, 99])
+    assert [pair for pair, _ in chosen] == [93, 51, 2]
+    assert ["good" in title or "middle" in title or "bad" in title for _, title in chosen] == [True] * 3
+    assert listening.choose(pd.DataFrame(rows), [7]) == [(7, listening.RULE[0][1])]
+    assert listening.choose(pd.DataFrame(rows), []) == []
+
+
+def test_an_estimate_nearer_to_the_interferer_is_the_other_sound():
+    rng = np.random.default_rng(0)
+    target, interferer = rng.standard_normal((2, 1000)).astype(np.float32)
+    mixture = target + interferer
+    assert not listening.is_other(0.1 * target + 0.02 * interferer, mixture, target)
+    assert listening.is_other(0.02 * target + 0.1 * interferer, mixture, target)
+    assert not listening.is_other(np.zeros(1000, np.float32), mixture, target)
+
+
+def test_the_page_has_a_good_a_middling_and_a_bad_pair_and_the_readme_a_picture(tmp_path):
     scores = make_scores(n_classes=25, pairs_per_class=2)
     places, params = make_run(tmp_path, scores)
     shutil.rmtree(tmp_path / "data" / "scores" / "resunet")
-    write_model(tmp_path, "resunet", scores, n_examples=6)
+    write_model(tmp_path, "resunet", scores, n_examples=20)
     report(places, tmp_path / "reports", params)
-    shown = (tmp_path / "reports" / "report.html").read_bytes()
-    assert shown.count(b'src="data:audio') == 24
+    shown = (tmp_path / "reports" / "report.html").read_text()
+    assert shown.count('src="data:audio') == 9  # mixture, target, estimate of three pairs
+    assert [name in shown for _, name in listening.RULE] == [True] * 3
+    assert shown.index('id="listen"') < shown.index('id="table1"')
     assert len(shown) < 900_000
-
-
-def test_examples_beyond_the_budget_are_counted(tmp_path):
-    scores = make_scores(n_classes=25, pairs_per_class=2)
-    write_model(tmp_path, "resunet", scores, n_examples=25)
-    examples, left_out, rate = read_examples(tmp_path / "data" / "scores", ["resunet"], 700_000)
-    assert 6 <= len(examples) < 25
-    assert (len(examples) + left_out, rate) == (25, RATE)
+    assert (tmp_path / "reports" / "example.webp").read_bytes()[8:12] == b"WEBP"
 
 
 # ------------------------------------------------------------------------------------------ small pieces

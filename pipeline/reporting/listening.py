@@ -1,15 +1,16 @@
-"""The listening section: a good, a middling and a bad pair of the best model, chosen by rule, as sounds and pictures."""
+"""The listening section: a good, a middling and a bad pair of the best model, chosen by rule, to hear and to see."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import soundfile
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from pipeline.reporting import charts, page, tables
 from pipeline.reporting.scores import QUERIES
@@ -83,7 +84,7 @@ def is_other(estimate: Waveform, mixture: Waveform, target: Waveform) -> bool:
 
     def correlation(reference: Waveform) -> float:
         power = float(np.dot(reference, reference)) * float(np.dot(estimate, estimate))
-        return abs(float(np.dot(estimate, reference))) / np.sqrt(power) if power > 0 else 0.0
+        return abs(float(np.dot(estimate, reference))) / math.sqrt(power) if power > 0 else 0.0
 
     return correlation(mixture - target) > correlation(target)
 
@@ -112,7 +113,8 @@ def _waveforms(
             continue
         estimate, _ = read(model, QUERIES[0])
         own = item.get(QUERIES[0], {})
-        caption = f"SI-SDRi {tables.db(own.get('si_sdri'), signed=True)} dB, SDRi {tables.db(own.get('sdri'), signed=True)} dB"
+        gains = [tables.db(own.get(name), signed=True) for name in ("si_sdri", "sdri")]
+        caption = f"SI-SDRi {gains[0]} dB, SDRi {gains[1]} dB"
         if is_other(estimate, mixture, target):
             caption = f"{OTHER}; {caption}"
         found.append((model, caption, estimate))
@@ -124,16 +126,16 @@ def _picture(waveforms: Sequence[tuple[str, str, Waveform]], rate: int, wanted: 
     titles = {"mixture": f"{wanted} and {other}", "target": f"{wanted}, as it was"}
     spectrograms = [charts.log_spectrogram(waveform, rate) for _, _, waveform in waveforms]
     top = max(float(s.max()) for s in spectrograms)
-    figure, axes = plt.subplots(1, len(waveforms), figsize=(10, 2.6), dpi=100, layout="constrained")
-    for axis, (name, _, waveform), spectrogram in zip(np.atleast_1d(axes), waveforms, spectrograms, strict=True):
+    figure = Figure(figsize=(10, 2.6), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(waveforms))
+    for axis, (name, _, waveform), spectrogram in zip(axes, waveforms, spectrograms, strict=True):
         axis.imshow(
             spectrogram, origin="lower", aspect="auto", cmap="magma", vmin=top - charts.RANGE_DB, vmax=top,
             extent=(0, len(waveform) / rate, 0, 1),
         )  # fmt: skip
-        axis.set_title(titles.get(name, f"{wanted}, separated"), fontsize=11)
+        axis.set_title(titles.get(name, f"{wanted}, separated"), fontsize=11, parse_math=False)
         axis.set_yticks([])
         axis.set_xlabel("s")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", pil_kwargs={"quality": 80, "method": 6})
-    plt.close(figure)
     return buffer.getvalue()

@@ -36,6 +36,7 @@ class Example:
     interferer_name: str
     seconds: float
     sounds: list[Sound]
+    title: str  # why this pair is shown
 
 
 @dataclass(frozen=True)

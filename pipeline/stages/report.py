@@ -8,22 +8,18 @@ The same inputs give the same bytes; only what names the run (provenance.json, a
 """
 
 import argparse
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import soundfile
-from jaxtyping import Float
 from markupsafe import Markup
 from pydantic import ConfigDict, Field
 
 from pipeline import ontology
 from pipeline.config import Params, load_params
-from pipeline.reporting import charts, encoder, music, page, published, sounds, tables
+from pipeline.reporting import charts, encoder, listening, music, page, published, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
 from pipeline.reporting.headline import headline, improved_shares
 from pipeline.reporting.inputs import (
@@ -40,7 +36,7 @@ from pipeline.reporting.inputs import (
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
 from pipeline.reporting.statistics import per_class_csv, summarise
-from pipeline.runtime import as_json, read_json, run_command, running, write_together
+from pipeline.runtime import as_json, run_command, running, write_together
 
 log = logging.getLogger(__name__)
 
@@ -282,57 +278,6 @@ def _encoder_size(size: Mapping[str, Any]) -> tables.Comparison:
     return tables.Comparison("A-MAE's encoder", f"{size.get('depth')} layers of {size.get('dim')}", "12 layers of 768")
 
 
-def read_examples(scores: Path, models: Sequence[str], budget: int) -> tuple[list[page.Example], int, int]:
-    """Examples whose data URIs fit into `budget` bytes, how many did not, and the sample rate (0: there are none).
-
-    The pairs are those of the first model; mixture and target are shared, each model adds its estimates.
-    """
-    listing = scores / models[0] / "examples" / "examples.json"
-    described = read_json(listing) if listing.is_file() else []
-    by_model = {models[0]: {item["pair"]: item for item in described}}
-    for model in models[1:]:
-        other = scores / model / "examples" / "examples.json"
-        items = read_json(other) if other.is_file() else []
-        by_model[model] = {item["pair"]: item for item in items}
-    examples: list[page.Example] = []
-    rate, spent = 0, 0
-    for item in described:
-        example, rate = _example(scores, by_model, item["pair"])
-        spent += sum(len(sound.audio) + len(sound.image) for sound in example.sounds)
-        if examples and spent > budget:
-            break
-        examples.append(example)
-    return examples, len(described) - len(examples), rate
-
-
-def _example(scores: Path, by_model: dict[str, dict[int, dict[str, Any]]], pair: int) -> tuple[page.Example, int]:
-    first = next(iter(by_model))
-    item = by_model[first][pair]
-    waveforms: list[tuple[str, str, Float[np.ndarray, " time"]]] = []  # name, caption, samples
-    rate = 0
-    for name in ("mixture", "target"):
-        waveform, rate = _read(scores / first / "examples" / Path(item["files"][name]).name)
-        caption = f"SDR {tables.db(item.get('sdr_mixture'), signed=True)} dB" if name == "mixture" else ""
-        waveforms.append((name, caption, waveform))
-    for model, items in by_model.items():
-        # Of several models under the average query alone: more pairs fit into the page.
-        for query in QUERIES if len(by_model) == 1 else QUERIES[:1]:
-            if pair not in items or query not in items[pair]["files"]:
-                continue
-            waveform, _ = _read(scores / model / "examples" / Path(items[pair]["files"][query]).name)
-            name = f"{query} query" if len(by_model) == 1 else model
-            sdri = items[pair].get(query, {}).get("sdri")
-            waveforms.append((name, f"SDRi {tables.db(sdri, signed=True)} dB", waveform))
-    seconds = len(waveforms[0][2]) / rate
-    names = str(item["class_name"]), str(item["interferer_class_name"])
-    return page.Example(pair, *names, seconds, page.panels(waveforms, rate)), rate
-
-
-def _read(path: Path) -> tuple[Float[np.ndarray, " time"], int]:
-    waveform, rate = soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32")
-    return waveform, rate
-
-
 def _names(mids: Sequence[str] | None) -> list[str]:
     return [ontology.class_of(mid).name if ontology.is_class(mid) else mid for mid in mids or []]
 
@@ -437,6 +382,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         }
     ours = tables.our_rows(metrics, models, QUERIES, [entry.name for entry in unsupervised])
     differences = tables.difference_rows(metrics, models, QUERIES)
+    best = listening.best_model(metrics, models)
     n_classes = int(metrics["mixture.n_classes"])
     warnings = [
         *tables.without_width(int(metrics["mixture.n_classes_with_one_clip"]), n_classes),
@@ -448,7 +394,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
 
     gates = evaluate_gates(metrics, settings.bounds)
     short = headline(metrics, models, [entry.name for entry in unsupervised], sum(not gate.passed for gate in gates))
-    files: dict[str, str] = {
+    files: dict[str, str | bytes] = {
         "metrics.json": as_json(metrics),
         "headline.json": as_json(short),
         "per_class.csv": per_class_csv(summary.per_class),
@@ -465,6 +411,8 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
 
     context: dict[str, Any] = {
         "models": models,
+        "best": best,
+        "other_sound": listening.OTHER,
         "metrics": metrics,
         "rows": ours,
         "paper_rows": paper,
@@ -511,12 +459,14 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     budget = MAX_PAGE_BYTES - len(page.render(context, filters).encode())
     heard = [entry for entry in unsupervised if not (entry.data == "music" and settings.music in music.WITHHELD)]
     reserved = round(MUSIC_SHARE * budget) if any(entry.examples for entry in heard) else 0
-    examples, left_out, rate = read_examples(places.scores, models, budget - reserved)
-    context |= {"examples": examples, "examples_left_out": left_out, "nyquist_khz": rate / 2000}
+    examples, rate, picture = listening.read_examples(places.scores, models, best, budget - reserved)
+    context |= {"examples": examples, "nyquist_khz": rate / 2000}
     budget -= sum(len(sound.audio) + len(sound.image) for example in examples for sound in example.sounds)
     excerpts, left_out = music.read_examples(places.mixit_scores, heard, budget)
     context |= {"excerpts": excerpts, "excerpts_left_out": left_out}
     files["report.html"] = page.render(context, filters)
+    if picture is not None:
+        files["example.webp"] = picture
     write_together({out / name: content for name, content in files.items()})
     return metrics
 
