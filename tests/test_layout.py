@@ -116,7 +116,7 @@ def test_a_stage_whose_code_reads_the_ontology_depends_on_its_tables():
 
 
 def keys(node, above=()) -> set[tuple[str, ...]]:
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or above[-1:] == ("loss_weights",):  # its keys are names
         return {above}
     return {above} | {key for name in node for key in keys(node[name], (*above, name))}
 
