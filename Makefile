@@ -54,6 +54,8 @@ $(READY): requirements.txt
 	@echo "Setting up $(VENV): some 2 GB to download and 5 GB of disk, minutes on a fast line; once."
 	@df -Pk . | awk 'NR == 2 && $$4 < 7000000 { print "error: " int($$4 / 1000000) " GB are free here, and the packages and the default run take 7"; exit 1 }'
 	$(VENV)/bin/python -m pip install --require-hashes -r requirements.txt
+	@printf '%s\n' '#!/bin/sh' 'PYTHONPATH="$(CURDIR)" exec "$(CURDIR)/$(VENV)/bin/python" -m pipeline.separate "$$@"' > $(VENV)/bin/separate
+	@chmod +x $(VENV)/bin/separate
 	touch $@
 
 lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for every file

@@ -18,7 +18,8 @@ from pipeline.separate.model import Separator
 from pipeline.separate.stream import Blocks
 from pipeline.separate.targets import Unusable
 
-MODELS, METRICS = Path("data/separators"), Path("reports/metrics.json")
+ROOT = Path(__file__).parents[2]
+MODELS, METRICS = ROOT / "data/separators", ROOT / "reports/metrics.json"
 REST = "residual"
 DETECTED_SECONDS = 600  # of a recording that the detector is given at most
 
