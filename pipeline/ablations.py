@@ -208,7 +208,7 @@ def collect(known: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the ablations that the command line asks for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")

@@ -53,7 +53,7 @@ def anchor_key(clip_id: str, class_index: int) -> str:
 
 @dataclass(frozen=True)
 class AnchorIndex:
-    """What lies in an anchors directory. Row r of `table`, and entry r of each column, is one anchor."""
+    """Index of an anchors directory. Row r of `table`, and entry r of each column, is one anchor."""
 
     sample_rate: int  # Hz
     segment_samples: int
@@ -115,7 +115,7 @@ class AnchorIndex:
         return self.keys[row]
 
     def pair_columns(self) -> dict[str, Any]:
-        """What the pair stream asks for: `PairStream(**index.pair_columns(), seed=..., exclude=..., kin=...)`."""
+        """Columns for the pair stream: `PairStream(**index.pair_columns(), seed=..., exclude=..., kin=...)`."""
         return {
             "class_index": self.class_index,
             "mids": self.mids,
@@ -187,9 +187,9 @@ class AnchorReader:
         return query
 
     def waveforms(self, rows: Iterable[SupportsIndex]) -> Float32[np.ndarray, "batch time"]:
-        """Several anchors' segments."""
+        """Read the segments of several anchors."""
         return np.stack([self.waveform(row) for row in rows])
 
     def queries(self, rows: Iterable[SupportsIndex]) -> Float32[np.ndarray, "batch query_dim"]:
-        """Several anchors' queries."""
+        """Read the query embeddings of several anchors."""
         return np.stack([self.query(row) for row in rows])

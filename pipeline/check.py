@@ -56,7 +56,7 @@ def check_names(document: Mapping[str, Any]) -> None:
 
 
 def sections() -> dict[str, type[Params]]:
-    """What each section of params.yaml must be, but those of entries."""
+    """List the Params class of each section of params.yaml, but those of entries."""
     from pipeline import pretraining
     from pipeline.config import AudioParams, DataParams
     from pipeline.datasets import synthetic

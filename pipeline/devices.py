@@ -37,13 +37,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def use_available_cores() -> None:
-    """As many threads as this process may use cores, where OMP_NUM_THREADS does not say: torch counts the host's."""
+    """Set torch's threads to the cores this process may use, unless OMP_NUM_THREADS says (torch counts the host's)."""
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(cpu_count())
 
 
 def use_precision(precision: Precision) -> None:
-    """What float32 means to this process from here on: cuDNN's own default is TF32 for convolutions."""
+    """Set what float32 means to this process: cuDNN's own default is TF32 for convolutions."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 

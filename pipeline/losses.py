@@ -241,7 +241,7 @@ def assignment_losses(
     objective: Objective = "snr",
     max_snr_db: float = 30.0,
 ) -> Float[Tensor, "batch assignments"]:
-    """What `mixit_loss` is for every assignment, in float64 and without gradient.
+    """Compute `mixit_loss` for every assignment, in float64 and without gradient.
 
     Assignment i gives source n to the reference that is the n-th digit of i in base `references`, source 0 being the
     last digit. Raises a ValueError above 2^20 assignments.

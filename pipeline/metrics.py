@@ -111,7 +111,7 @@ def bss_eval_sources(
     *,
     filter_samples: int,
 ) -> BssEval:
-    """The same with an estimate of every reference, in the order of the references: each is interfered by the others.
+    """Score one estimate per reference, in their order; the other references are each one's interferers.
 
     One factorisation for all of an item's sources: of four, a quarter of the time of `bss_eval` for one by one.
     """

@@ -35,7 +35,7 @@ DECLIPPED_PEAK = 0.9
 
 
 class PairsParams(Params):
-    """`pairs:` in params.yaml."""
+    """Section `pairs:` of params.yaml."""
 
     exclude: Literal["none", "label", "ontology"]
     normalize: Normalize

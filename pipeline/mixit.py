@@ -72,7 +72,7 @@ class EntryParams(Params):
 
 
 class PretrainPerformerParams(Params):
-    """`pretrain_performer:` in params.yaml."""
+    """Section `pretrain_performer:` of params.yaml."""
 
     model: str
     segment_seconds: float | None = Field(gt=0)

@@ -28,7 +28,7 @@ class Moms(Protocol):
 
     @property
     def n_batches(self) -> int:
-        """Of a fixed set, or of one epoch of a stream."""
+        """Number of batches: of a fixed set, or of one epoch of a stream."""
 
     def batch(self, n: int) -> MomBatch:
         """Batch number n, a function of n alone."""
@@ -96,12 +96,12 @@ class AnchorMoms:
 
     @property
     def n_anchors(self) -> int:
-        """Of the part."""
+        """Number of anchors in this part."""
         return self._n_rows
 
     @property
     def n_batches(self) -> int:
-        """Of the fixed set; of a stream, those that hold as many mixtures as there are anchors, an epoch."""
+        """Number of batches: of the fixed set, or those that hold as many mixtures as there are anchors, an epoch."""
         items = self._n_rows / 2 if self._n_items is None else self._n_items
         return ceil(items / self._batch_size)
 

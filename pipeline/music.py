@@ -74,7 +74,7 @@ Signal = Float32[np.ndarray, " samples"]
 
 
 class MusicParams(Params):
-    """`music:` in params.yaml."""
+    """Section `music:` of params.yaml."""
 
     source: str
     root: str = Field(min_length=1)
@@ -289,7 +289,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Passed:
-    """What segments() left out, and why."""
+    """Counts of what segments() left out, and why."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """silent_segments, short_tracks (without one whole window), antiphase_tracks (with a file of which one channel is
@@ -437,7 +437,7 @@ class Row:
 
     @property
     def track_seconds(self) -> float:
-        """Of the whole track."""
+        """Length of the whole track in seconds."""
         return self.track_frames / self.sample_rate
 
 
@@ -478,7 +478,7 @@ class SegmentReader:
             )
 
     def row(self, label: int) -> Row:
-        """What the index says of this row."""
+        """Row of the index for this segment."""
         return self._rows[label]
 
     def samples(self, label: int) -> int:
@@ -703,6 +703,6 @@ class MomStream:
 
 
 def _gain(first: Signal, second: Signal, snr_db: float) -> np.float32:
-    """What brings the second signal to `snr_db` below the first; 1 if either is digital silence."""
+    """Compute the gain that brings the second signal to `snr_db` below the first; 1 if either is digital silence."""
     powers = [float(np.dot(signal, signal)) for signal in (first, second)]
     return np.float32(np.sqrt(powers[0] / powers[1]) * 10 ** (-snr_db / 20) if min(powers) > 0 else 1.0)

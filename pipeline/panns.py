@@ -72,7 +72,7 @@ class QueryEncoder(nn.Module):
         raise NotImplementedError
 
     def segments(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch segments segment_dim"]:
-        """What `embed` pools over time, and what the last of `conv_blocks` gives; at least one segment."""
+        """Activations that `embed` pools over time, of the last of `conv_blocks`; at least one segment."""
         raise NotImplementedError
 
     def conv_blocks(self) -> list[nn.Module]:
@@ -186,7 +186,7 @@ class PannsQueryEncoder(QueryEncoder):
         return x.mean(dim=3).transpose(1, 2)
 
     def conv_blocks(self) -> list[nn.Module]:
-        """Six."""
+        """The six convolutional blocks, input to output."""
         return [getattr(self.network, f"conv_block{number}") for number in range(1, 7)]
 
     def _padded(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch padded"]:
@@ -283,18 +283,18 @@ class SmallCnn(Detector, QueryEncoder):
         return self.features(self.log_mel(waveform))
 
     def conv_blocks(self) -> list[nn.Module]:
-        """As many as there are `channels`."""
+        """The convolutional blocks, one per entry of `channels`."""
         return list(self.blocks)
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames mels"]:
-        """What forward takes, from 32 kHz; at least one segment."""
+        """Compute the input of forward from 32 kHz; at least one segment."""
         # Reflection at the ends needs more than half a window, which is less than two frames.
         with exact_float32():
             return log_mel(pad_to(waveform, max(2, self.segment_frames - 1) * FRAME_SAMPLES))
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
-    """What `save` writes beside the weights; ValueError for a network that is none of these."""
+    """Describe a network as `save` writes it beside the weights; ValueError for a network that is none of these."""
     if isinstance(network, SmallCnn):
         arguments = {
             "class_indices": network.class_indices,

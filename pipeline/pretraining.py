@@ -51,7 +51,7 @@ class ModelParams(Params):
 
 
 class PretrainParams(Params):
-    """`pretrain_mae:` in params.yaml."""
+    """Section `pretrain_mae:` of params.yaml."""
 
     weights: str | None
     weights_sha256: str | None

@@ -18,7 +18,7 @@ from pipeline.upstreams import Upstream, combine
 
 
 class ProbeParams(Params):
-    """`pretrain_mae.probe:` in params.yaml."""
+    """Section `pretrain_mae.probe:` of params.yaml."""
 
     regularisation: float = Field(gt=0, le=10**6)  # C of the logistic regression
     bootstrap_resamples: int = Field(gt=1)
@@ -110,7 +110,7 @@ def linear_probe(
 def average_precision(
     truth: Bool[np.ndarray, " clips"], scores: Float[np.ndarray, " clips"], counts: Int[np.ndarray, "resamples clips"]
 ) -> Float[np.ndarray, " resamples"]:
-    """Of each resample, in which clip i is there `counts[r, i]` times; NaN for one without a positive.
+    """Average precision of each resample, in which clip i is `counts[r, i]` times; NaN for one without a positive.
 
     The sum over the distinct scores of precision times the recall gained, as scikit-learn has it, which takes one
     resample at a time and sorts anew for each: with it the bootstrap took longer than everything else in a probe.
@@ -149,7 +149,7 @@ def probe_upstreams(
 
 
 def described(probe: Probe) -> dict[str, float]:
-    """For a summary."""
+    """The probe as JSON for a stage's summary."""
     return {
         "mean_average_precision": round(probe.mean_average_precision, 6),
         "ci_lo": round(probe.low, 6),

@@ -209,7 +209,7 @@ def has_gpu() -> bool:
 
 
 def share_of_cores(jobs: int) -> dict[str, str]:
-    """What tells each of so many jobs how many threads and processes it may have.
+    """Environment that tells each of so many jobs how many threads and processes it may have.
 
     One core is used by the stage's own process: a worker beside it would only have to start first. With a GPU the
     stages choose their processes themselves, one for networks.

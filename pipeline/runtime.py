@@ -61,7 +61,7 @@ class DiskFull(OSError):
 
 
 def disk_full(path: Path) -> DiskFull:
-    """What to raise where `path` could not be written for want of room."""
+    """Make the error for a `path` that could not be written for want of room."""
     there = Path(path).absolute()
     while not there.exists():
         there = there.parent

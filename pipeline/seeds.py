@@ -117,7 +117,7 @@ class Result:
 
     @property
     def covers(self) -> str:
-        """What the interval allows for."""
+        """Sources of variation that the interval allows for."""
         return "seeds and clips" if len(self.seeds) > 1 else "clips only" if self.seeds else "none"
 
 
@@ -470,7 +470,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table_again(folder: Path) -> dict[str, Any]:
-    """What `summarise` makes of the scores and params that lie in a table's folder, and of nothing else."""
+    """Make the table from the scores and params that lie in its folder, and from nothing else."""
     runs, equivalent = read_kept(folder)
     bootstrap = load_params("report", BootstrapParams, folder / PARAMS)
     return summarise(
@@ -485,7 +485,7 @@ def write(summary: Mapping[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the trainings of other seeds, or collect finished ones, as the command line asks."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)

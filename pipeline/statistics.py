@@ -237,7 +237,7 @@ def _ends(point: float, half_width: float, draws: Float[np.ndarray, " resamples"
 
 
 def _run_noise(influences: Sequence[Float[np.ndarray, " pairs"]], design: Design) -> float:
-    """What the mean over runs would vary by if the runs differed in their pairs' noise alone, and not as a whole."""
+    """Variance of the mean over runs if the runs differed in their pairs' noise alone, and not as a whole."""
     apart = np.nan_to_num(np.stack(influences))
     apart -= apart.mean(axis=0)
     n_runs, n_classes = len(apart), len(design.classes)

@@ -141,7 +141,7 @@ READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
 
 
 def main() -> None:
-    """See the module."""
+    """Unpack the containers that the command line names."""
     log_to_stderr()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder below data.root")

@@ -27,7 +27,7 @@ from pipeline.runtime import outside, writing
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a published file; None: nobody has published it. A SHA-256 must then come from params.yaml."""
+    """Facts about a published file; None: nobody has published it. A SHA-256 must then come from params.yaml."""
 
     size_bytes: int | None
     sha256: str | None

@@ -202,3 +202,19 @@ def test_a_benchmark_can_be_imported(path):
     """They are not run by the tests, so that a name they use could go unnoticed."""
     module = importlib.import_module(f"benchmarks.{path.stem}")
     assert callable(module.main)
+
+
+def test_every_docstring_can_be_read_alone():
+    """A sentence of four words or more, which does not lean on the one before it."""
+    found = []
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)) is not None:
+                words = text.split()
+                if (
+                    len(words) < 4
+                    or words[0] in ("Of", "As", "That", "What")
+                    or words[:2] in (["The", "same"], ["For", "a"])
+                ):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {' '.join(words[:8])}")
+    assert found == []

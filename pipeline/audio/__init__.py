@@ -144,7 +144,7 @@ def _segment(file: Recording, start: float, seconds: float, whole: float, listed
 def resample(
     waveform: Float32[np.ndarray, " time"], sample_rate: int, new_sample_rate: int
 ) -> Float32[np.ndarray, " new_time"]:
-    """The same sound at another rate, ceil(time * new / old) samples of it; soxr HQ (20 bits, linear phase)."""
+    """Resample a sound to another rate, ceil(time * new / old) samples of it; soxr HQ (20 bits, linear phase)."""
     if sample_rate == new_sample_rate:
         return waveform
     length = ceil(len(waveform) * new_sample_rate / sample_rate)

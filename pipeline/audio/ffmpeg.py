@@ -123,7 +123,7 @@ class Stream:
             raise
 
     def read(self, frames: int) -> Float32[np.ndarray, "frames channels"]:
-        """As many frames, or what is left."""
+        """Read as many frames, or what is left."""
         size = 4 * self.channels
         content = self._take(min(frames * size, self._left))
         self._left -= len(content)

@@ -85,7 +85,7 @@ def behind_id3(file: BufferedReader, at: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What the four bytes of an MPEG frame's header say."""
+    """An MPEG frame, as the four bytes of its header describe it."""
 
     version: int
     layer: int

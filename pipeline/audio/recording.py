@@ -87,7 +87,7 @@ class Recording:
             return self._decoder.promised()
 
     def read(self, start: int, frames: int) -> Float32[np.ndarray, " time"]:
-        """As many frames from `start` on, or what there is, as one channel."""
+        """Read as many frames from `start` on, or what there is, as one channel."""
         if frames > MAX_PIECE and self.frames - start > MAX_PIECE:
             raise BadClip("too_long", f"more than {MAX_PIECE} samples are wanted of it at once")
         frames = min(frames, MAX_PIECE)
@@ -176,7 +176,7 @@ def open_recording(path: Path, ffmpeg_seconds: float, ffmpeg_bytes: int) -> Reco
 
 @contextlib.contextmanager
 def _blaming() -> Iterator[None]:
-    """What decoders say, as BadClip."""
+    """Turn the errors of decoders into BadClip."""
     try:
         yield
     except soundfile.LibsndfileError as error:
@@ -392,7 +392,7 @@ class _Parts(Decoder):
 
 
 class _Converted(Decoder):
-    """What ffmpeg makes of a file, by a process that is started at the place that is wanted."""
+    """Decoder of a file that ffmpeg converts, by a process that is started at the place that is wanted."""
 
     def __init__(self, path: Path, container: str | None, seconds: float, n_bytes: int, is_damaged: bool) -> None:
         self._path, self._container, self._seconds, self._n_bytes = path, container, seconds, n_bytes

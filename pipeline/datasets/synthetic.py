@@ -60,7 +60,7 @@ Rng = np.random.Generator
 
 
 class Options(Params):
-    """`synthetic:` in params.yaml."""
+    """Section `synthetic:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
     train_clips_per_class: int = Field(ge=1)
@@ -274,12 +274,12 @@ def chirp_tone(n: int, rate: int, rng: Rng) -> Waveform:
 
 
 def white_noise(n: int, rate: int, rng: Rng) -> Waveform:
-    """As much power in every hertz."""
+    """Noise with equal power in every hertz."""
     return _noise(n, rate, rng, np.ones_like) * np.exp(rng.uniform(0, 0.15) * _wander(n, rate, rng, 0.7))
 
 
 def pink_noise(n: int, rate: int, rng: Rng) -> Waveform:
-    """As much power in every octave."""
+    """Noise with equal power in every octave."""
     return _noise(n, rate, rng, _tilt(-1)) * np.exp(rng.uniform(0, 0.15) * _wander(n, rate, rng, 0.7))
 
 
@@ -598,7 +598,7 @@ _REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
 
 
 def _fixed_serial(ogg: bytes) -> bytes:
-    """The same Ogg stream with the serial number 1: libsndfile draws it from the clock.
+    """Give an Ogg stream the serial number 1: libsndfile draws it from the clock.
 
     Every page carries it, and a CRC (RFC 3533, 6). Ogg's CRC is zlib's, bits reversed, without its inversions.
     """
@@ -712,7 +712,7 @@ def prepare(root: Path, options: Options) -> None:
 
 
 def _state(root: Path) -> dict[str, Any]:
-    """What the marker of an earlier run says; empty for a folder that may become a corpus."""
+    """Read the marker of an earlier run; empty for a folder that may become a corpus."""
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"data.root {str(root)!r} is not a folder")
     marker = root / MARKER
@@ -736,6 +736,6 @@ def _is_there(path: Path, size: int | None) -> bool:
 
 
 def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:
-    """What the AudioSet reader finds there: this is an AudioSet copy."""
+    """List the generated clips by the AudioSet reader: this is an AudioSet copy."""
     found: Iterator[Clip] = load("audioset").clips(root, subset, counts)
     return found

@@ -219,7 +219,7 @@ def _dash(i: int) -> Literal["-", "--", ":"]:
 
 
 def flatness_chart(gains: pd.DataFrame, named: Collection[str]) -> str:
-    """What each class gains against how flat its spectrum is; the classes in `named` are named.
+    """Draw what each class gains against how flat its spectrum is; the classes in `named` are named.
 
     `gains` as of `published.class_gains`: "gain" and "flatness" in dB, by name; rows that lack one are not drawn.
     """

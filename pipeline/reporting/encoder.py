@@ -36,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one model costs."""
+    """Cost of one model: parameters, time, memory."""
 
     model: str
     numbers: dict[str, int | float]  # parameters, trainable, gmacs, relative_macs, seconds, peak_bytes; what is known

@@ -73,7 +73,7 @@ class Entry:
 
     @property
     def mixtures(self) -> str:
-        """What the mixtures that it learnt from were made of."""
+        """Sources that its training mixtures were made of."""
         return f"{self.data}, {tables.ISOLATED}"
 
     @property
@@ -83,7 +83,7 @@ class Entry:
 
     @property
     def extras(self) -> str:
-        """What it was trained with besides the MixIT loss, if anything."""
+        """Terms that it was trained with besides the MixIT loss, if any."""
         said = ["pretrained"] if self.pretrained else []
         said += [f"diversity {self.diversity:g}"] if self.diversity > 0 else []
         said += [f"sparsity {self.sparsity:g} ({self.sparsity_form})"] if self.sparsity > 0 else []
@@ -620,7 +620,7 @@ def _outputs(entry: Entry) -> str:
 
 
 def _process_peak(timing: Mapping[str, int | float]) -> int | float | None:
-    """Of the training where it says so, else of the whole stage."""
+    """Peak memory of the training where it is known, else of the whole stage."""
     return timing.get("training_peak_rss_bytes") or timing.get("peak_rss_bytes") or None
 
 
@@ -681,7 +681,7 @@ def _series(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def length_drawing(entries: Sequence[Entry]) -> str:
-    """What the stems gain, and MoM SNR above doing nothing, against the length of the segments."""
+    """Draw what the stems gain, and MoM SNR above doing nothing, against the length of the segments."""
     labels = _series(entries)
     panels = {}
     for title, key in (

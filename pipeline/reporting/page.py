@@ -162,7 +162,7 @@ def render(context: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
 
 
 def limitations(source: str, normalize: str, one_clip_classes: int) -> list[str]:
-    """What the numbers do not say, for this run."""
+    """List what the numbers of this run do not say."""
     said = [
         "The mixtures are two 2-s sounds at 0 dB (mono). They say little of dense scenes, of other levels, of music "
         "with many sources, and nothing of the joins between segments of a long recording.",

@@ -94,7 +94,7 @@ def _cpu_model() -> str:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints, or None where it is not there, fails, or takes longer than 20 s."""
+    """Output of a command, or None where it is not there, fails, or takes longer than 20 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

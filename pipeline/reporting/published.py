@@ -38,7 +38,7 @@ class Check:
 
 @cache
 def figures() -> dict[str, Any]:
-    """All of published.yaml."""
+    """Read all figures of published.yaml."""
     content: dict[str, Any] = YAML(typ="safe").load(Path(__file__).with_name("published.yaml"))
     return content
 

@@ -26,7 +26,7 @@ DETECTED_SECONDS = 600  # of a recording that the detector is given at most
 
 @dataclass
 class Outcome:
-    """What became of the recordings."""
+    """Files written, kept and failed in one run."""
 
     done: list[dict[str, Any]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)

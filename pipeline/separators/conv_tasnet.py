@@ -90,7 +90,7 @@ class Separator(BlindSeparator):
     def _logits(
         self, coefficients: Float[Tensor, "batch bins frames"]
     ) -> Float[Tensor, "batch {self.n_sources} bins frames"]:
-        """What torchaudio's mask generator has before its activation, which is sigmoid or ReLU only."""
+        """Output of torchaudio's mask generator before its activation, which is sigmoid or ReLU only."""
         generator = self.network.mask_generator
         h = generator.input_conv(generator.input_norm(coefficients))
         total = torch.zeros_like(h)

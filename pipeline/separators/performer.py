@@ -145,7 +145,7 @@ class Separator(BlindSeparator):
         return estimates, masks.transpose(2, 3)
 
     def tokens(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch tokens dim"]:
-        """What the encoder reads, without positions: ceil(frames / patch_frames) tokens."""
+        """Make the encoder's input, without positions: ceil(frames / patch_frames) tokens."""
         padded = pad_to(waveform, self.n_fft // 2 + 1)
         return self._with_front(padded, self._stft(padded))
 
@@ -159,7 +159,7 @@ class Separator(BlindSeparator):
 
     @torch.no_grad()
     def set_statistics(self, mean: Float[Tensor, " bins"], std: Float[Tensor, " bins"]) -> None:
-        """Of the log magnitude, over the training data (`statistics`). Deviations below 0.01 are taken for that."""
+        """Set mean and scale of the log magnitude (`statistics`). Deviations below 0.01 are taken for that."""
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=MIN_STD))
 
@@ -215,7 +215,7 @@ def _log_magnitude(spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tens
 def statistics(
     separator: Separator, waveforms: Iterable[Float[Tensor, "batch time"]]
 ) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
-    """What `set_statistics` wants, for the separator's `norm`; summed in float64. ValueError without a waveform."""
+    """Compute the arguments of `set_statistics` for the separator's `norm`, in float64; ValueError without a waveform."""
     count = 0
     total = square = low = high = torch.zeros((), dtype=torch.float64)
     for waveform in waveforms:
@@ -320,7 +320,7 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def targets(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frames values"]:
-        """What is to be predicted of every frame."""
+        """Make the prediction targets of every frame."""
         if self.target == "logmag":
             return self.separator.normalised(waveform)
         n_fft = self.separator.n_fft

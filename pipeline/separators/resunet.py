@@ -40,7 +40,7 @@ class FiLMNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels frames bins"], query: Float[Tensor, "batch query_dim"]
     ) -> Float[Tensor, "batch channels frames bins"]:
-        """Keep the shape."""
+        """Normalise, shift and rectify, keeping the shape."""
         # The norm's result is needed by nobody else (its backward uses its input), so both steps overwrite it.
         h = self.norm(x)
         h = h.add_(self.beta(query)[:, :, None, None].to(h.dtype))
@@ -230,7 +230,7 @@ class Separator(QuerySeparator):
         return istft(estimate, n_fft=self.n_fft, hop_length=self.hop_length, length=padded.shape[-1])[:, :length]
 
     def plane(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch 1 padded_frames even_bins"]:
-        """What the U-Net sees: magnitudes normalised per bin, without Nyquist, and then silence up to 32 frames."""
+        """Make the U-Net's input: magnitudes normalised per bin, without Nyquist, and then silence up to 32 frames."""
         return self.normed(spectrum)[..., :-1].contiguous()
 
     def normed(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch 1 padded_frames bins"]:

@@ -84,7 +84,7 @@ SCHEMA = pa.schema(
 
 
 class EvaluateParams(Params):
-    """`evaluate:` in params.yaml."""
+    """Section `evaluate:` of params.yaml."""
 
     batch_size: int = Field(gt=0, le=65_536)
     pairs_per_part: int = Field(gt=0)
@@ -96,7 +96,7 @@ class EvaluateParams(Params):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to score any part of one run."""
+    """Everything a worker needs to score any part of one run."""
 
     run: str  # fingerprint of the run: a worker that outlives it must not go on with old weights or anchors
     separator: Path
@@ -111,7 +111,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a Setup names, in memory."""
+    """Contents of the files that a Setup names, in memory."""
 
     separator: QuerySeparator
     reader: AnchorReader
@@ -294,7 +294,7 @@ def _rounded(statistic: Any, values: np.ndarray) -> float | None:
 
 
 def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]) -> list[dict[str, Any]]:
-    """What the report says beside the players: who is mixed with whom, the scores, the files."""
+    """Describe the examples for the report: who is mixed with whom, the scores, the files."""
     rows = {row["pair"]: row for row in pairs.to_pylist()}
     scored = {(row["pair"], row["query"]): row for row in scores.to_pylist()}
     described = []

@@ -56,7 +56,7 @@ ROLES = ("target", "interferer")  # x1 and x2 of a mixture of mixtures, as far a
 
 
 class EvaluateMixitParams(Params):
-    """`evaluate_mixit:` in params.yaml."""
+    """Section `evaluate_mixit:` of params.yaml."""
 
     n_moms: int = Field(gt=0)
     n_mixtures: int = Field(ge=0)
@@ -79,7 +79,7 @@ class EvalPairs:
 
 @dataclass(frozen=True)
 class Test:
-    """What an entry is tested on."""
+    """Test data of an entry, and how it is mixed."""
 
     data: mixit.Source
     source: Path  # the index of the music, or the anchors of the eval split
@@ -178,7 +178,7 @@ def _write_example(folder: Path, name: str, sounds: dict[str, Tensor], sample_ra
 
 @dataclass(frozen=True)
 class PairsSetup:
-    """What a worker needs to score any part of the pairs."""
+    """Everything a worker needs to score any part of the pairs."""
 
     run: str
     separator: Path

@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 
 
 class MakeEvalPairsParams(Params):
-    """`make_eval_pairs:` in params.yaml."""
+    """Section `make_eval_pairs:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
     pairs_per_class: int = Field(gt=0, le=10**6)

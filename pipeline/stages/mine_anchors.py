@@ -66,7 +66,7 @@ FULL_SCALE = 32768  # of int16; the clips are int16 too, so that nothing is roun
 
 
 class MineAnchorsParams(Params):
-    """`mine_anchors:` in params.yaml."""
+    """Section `mine_anchors:` of params.yaml."""
 
     mode: Literal["area", "random"]
     smoothing_seconds: float = Field(gt=0)
@@ -81,7 +81,7 @@ class MineAnchorsParams(Params):
 
 @dataclass(frozen=True)
 class Setup:
-    """What all parts share."""
+    """Paths and params that all parts share."""
 
     clips: Path
     sed: Path

@@ -46,7 +46,7 @@ MUSIC_SHARE = 0.25  # of what is left for sounds, kept for the unsupervised sepa
 
 
 class ReportParams(Params):
-    """`report:` in params.yaml."""
+    """Section `report:` of params.yaml."""
 
     bootstrap_resamples: int = Field(gt=1)
     bootstrap_seed: int = Field(ge=0, lt=2**31)
@@ -61,7 +61,7 @@ class Context(Params):
 
 
 class DataContext(Context):
-    """Of `data:`."""
+    """Keys of `data:` that the report reads."""
 
     source: str
     train: list[str]
@@ -69,27 +69,27 @@ class DataContext(Context):
 
 
 class SedContext(Context):
-    """Of `sed:`."""
+    """Keys of `sed:` that the report reads."""
 
     weights: str | None
     query_weights: str | None
 
 
 class PairsContext(Context):
-    """Of `pairs:`."""
+    """Keys of `pairs:` that the report reads."""
 
     exclude: str
     normalize: str
 
 
 class EvalPairsContext(Context):
-    """Of `make_eval_pairs:`."""
+    """Keys of `make_eval_pairs:` that the report reads."""
 
     pairs_per_class: int
 
 
 class TrainContext(Context):
-    """Of `train:`."""
+    """Keys of `train:` that the report reads."""
 
     steps: int
     batch_size: int
@@ -108,7 +108,7 @@ class SeparatorsContext(Context):
 
 
 class MaeContext(Context):
-    """Of `pretrain_mae:`."""
+    """Keys of `pretrain_mae:` that the report reads."""
 
     weights: str | None
     weights_format: str
@@ -117,7 +117,7 @@ class MaeContext(Context):
 
 
 class MusicContext(Context):
-    """Of `music:`."""
+    """Keys of `music:` that the report reads."""
 
     source: str
 
@@ -205,7 +205,7 @@ class Places:
 
 
 def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables.Comparison]:
-    """What bears on comparing our Table I with the paper's (Zhao et al., section III; Kong et al.)."""
+    """List what bears on comparing our Table I with the paper's (Zhao et al., section III; Kong et al.)."""
     trained = {name: entry for name, entry in settings.separators.items() if entry.get("weights") is None}
     models = [entry.get("model", {}) for entry in settings.separators.values()]
     n_fft = sorted({model["n_fft"] for model in models if "n_fft" in model})
@@ -241,7 +241,7 @@ def comparisons(settings: Settings, n_classes: int, n_pairs: int) -> list[tables
 
 
 def _feature_comparisons(settings: Settings) -> list[tables.Comparison]:
-    """Of the models with features; none where there are no such models."""
+    """Comparisons for the models with features; none where there are no such models."""
     models = {name: e["model"] for name, e in settings.separators.items() if "fusion" in e.get("model", {})}
     if not models:
         return []

@@ -66,7 +66,7 @@ Row = dict[str, str]
 
 
 class ResampleParams(Params):
-    """`resample:` in params.yaml."""
+    """Section `resample:` of params.yaml."""
 
     format: Literal["flac", "wav"]
     n_shards: int = Field(gt=0, le=100_000)
@@ -172,7 +172,7 @@ def resample_part(
 
 
 def file_state(root: Path, path: str) -> list[int] | None:
-    """What changes when a file is written anew, even with as many bytes; None for one that is not there."""
+    """Size and times of a file, which change when it is written anew; None for one that is not there."""
     try:
         status = os.lstat(root / path)
     except (OSError, ValueError):
@@ -289,7 +289,7 @@ def _clip_id(row: Row) -> str:
 
 
 def summarise(counts: Counter[str], split: str, params: ResampleParams, sample_rate: int) -> dict[str, Any]:
-    """What became of the clips, as the numbers of reports/resample_<split>.json."""
+    """Count what became of the clips, as the numbers of reports/resample_<split>.json."""
     kept, missing = counts["status ok"], counts["status missing"]
     present = counts["clips"] - missing
     return {

@@ -50,7 +50,7 @@ CLIPS_PER_BATCH = 8  # of inference; the network sees each clip by itself, so it
 
 
 class SedParams(Params):
-    """`sed:` in params.yaml."""
+    """Section `sed:` of params.yaml."""
 
     weights: str | None
     weights_sha256: str | None

@@ -66,7 +66,7 @@ QUERIES_IN_A_MEAN = 16  # at most, of a class' anchors, where each is read from 
 
 
 class TrainParams(Params):
-    """`train:` in params.yaml."""
+    """Section `train:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
     steps: int = Field(gt=0, le=10**9)
@@ -129,7 +129,7 @@ class MaeSeparatorParams(Params):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be built and trained, or only converted."""
+    """A separator to be built and trained, or only converted."""
 
     architecture: str
     model: dict[str, Any]  # arguments of the separator but query_dim

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class EntryParams(Params):
-    """Of an entry of `mae_separators:`, the place of its settings; the rest is checked by the training."""
+    """Place of the settings of an entry of `mae_separators:`; the rest is checked by the training."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -26,7 +26,7 @@ class EntryParams(Params):
 
 
 class SettingsParams(Params):
-    """Of an entry's settings, the name of its encoder; the rest is checked by the training."""
+    """Name of the encoder in an entry's settings; the rest is checked by the training."""
 
     model_config = ConfigDict(extra="ignore")
 

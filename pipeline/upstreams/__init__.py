@@ -31,7 +31,7 @@ Repeat = Literal["interleave", "tile"]
 
 
 class Upstream(nn.Module):
-    """What every upstream is and states. A subclass sets the attributes and defines `hidden`."""
+    """Base class of upstream encoders. A subclass sets the attributes and defines `hidden`."""
 
     dim: int  # width of a feature vector
     n_layers: int  # how many layers `hidden` gives
@@ -40,7 +40,7 @@ class Upstream(nn.Module):
     lora_targets: tuple[str, ...] = ()  # names of the Linear modules that low-rank adapters adapt
 
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
-        """What each layer gives for 32-kHz waveforms, before any last norm of the encoder."""
+        """Output of each layer for 32-kHz waveforms, before any last norm of the encoder."""
         raise NotImplementedError
 
     def final_norm(self, h: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -74,7 +74,7 @@ def build(name: str, **config: Any) -> Upstream:
 
 
 def options(name: str) -> type[Params] | None:
-    """What params.yaml says of it under `upstreams.<name>`; None: nothing."""
+    """Params class of its section `upstreams.<name>`; None if it has none."""
     found: type[Params] | None = getattr(_module(name), "Options", None)
     return found
 

@@ -73,7 +73,7 @@ class TransformersUpstream(upstreams.Upstream):
         return model
 
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
-        """What each Transformer layer gives, about 50 times a second."""
+        """Output of each Transformer layer, about 50 times a second."""
         low = to_16k(waveform, upstreams.SAMPLE_RATE)
         low = F.pad(low, (0, max(0, self.window - low.shape[1])))
         if self.normalise:

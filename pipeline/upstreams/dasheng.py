@@ -25,7 +25,7 @@ WINDOW_SAMPLES = 4 * 160  # one step
 
 
 class Options(Params):
-    """`upstreams.dasheng:` in params.yaml."""
+    """Section `upstreams.dasheng:` of params.yaml."""
 
     weights: str = Field(min_length=1)  # a published .pt, or "random"
     sha256: str | None
@@ -61,7 +61,7 @@ class Upstream(upstreams.Upstream):
         return self
 
     def hidden(self, waveform: Float[Tensor, "batch time"]) -> list[Float[Tensor, "batch positions dim"]]:
-        """What each block gives, 25 times a second."""
+        """Output of each block, 25 times a second."""
         low = to_16k(waveform, upstreams.SAMPLE_RATE)
         low = F.pad(low, (0, max(0, WINDOW_SAMPLES - low.shape[1])))
         found: list[list[Tensor]] = [[] for _ in self.model.blocks]

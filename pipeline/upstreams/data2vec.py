@@ -18,7 +18,7 @@ __all__ = ["Options", "Upstream", "read"]
 
 
 class Upstream(_transformers.TransformersUpstream):
-    """data2vec."""
+    """The encoder data2vec, by transformers."""
 
     library = "Data2VecAudio"
 

@@ -18,7 +18,7 @@ __all__ = ["Options", "Upstream", "read"]
 
 
 class Upstream(_transformers.TransformersUpstream):
-    """DistilHuBERT."""
+    """The encoder DistilHuBERT, by transformers."""
 
     library = "Hubert"
 

@@ -18,7 +18,7 @@ __all__ = ["Options", "Upstream", "read"]
 
 
 class Upstream(_transformers.TransformersUpstream):
-    """HuBERT."""
+    """The encoder HuBERT, by transformers."""
 
     library = "Hubert"
 

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Keep the shape."""
+        """Transform the tokens, keeping their shape."""
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim))
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Keep the shape."""
+        """Transform the tokens, keeping their shape."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Keep the shape."""
+        """Transform the tokens, keeping their shape."""
         if self.post_norm:
             x = self.norm1(x + self._keep(self.attn(x)))
             return self.norm2(x + self._keep(self.mlp(x)))
@@ -128,7 +128,7 @@ class WindowAttention(nn.Module):
         self.log_offset: Tensor
 
     def bias(self) -> Float[Tensor, "heads tokens tokens"]:
-        """What is added to the logits of each pair of places in a window."""
+        """Bias that is added to the logits of each pair of places in a window."""
         hidden = F.dropout(F.relu(self.meta_mlp["fc1"](self.log_offset)), 0.1, self.training)
         return self.meta_mlp["fc2"](hidden).permute(2, 0, 1)
 
@@ -242,7 +242,7 @@ class Encoder(nn.Module):
         return torch.cat([first.to(tokens.dtype), tokens], dim=1)
 
     def hidden(self, features: Float[Tensor, "batch frames mels"]) -> list[Float[Tensor, "batch tokens_1 dim"]]:
-        """What each block gives, class token first. Fewer than 1024 frames take the first positions, as in training."""
+        """Output of each block, class token first. Fewer than 1024 frames take the first positions, as in training."""
         h = self.pre_norm(self.with_class_token(self.embed(features)))
         outputs = []
         for block in self.blocks:
@@ -361,7 +361,7 @@ def unpatched(values: Float[Tensor, "batch tokens 256"]) -> Float[Tensor, "batch
 
 
 def normalised_patches(target: Float[Tensor, "batch tokens 256"]) -> Float[Tensor, "batch tokens 256"]:
-    """What the decoder learns to predict."""
+    """Targets that the decoder learns to predict."""
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     return (target - mean) / (variance + 1e-6).sqrt()
 

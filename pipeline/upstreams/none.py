@@ -26,5 +26,5 @@ class Upstream(upstreams.Upstream):
 
 
 def read(options: Mapping[str, Any], pretrained: Path) -> tuple[dict[str, Any], None]:
-    """As wide as the pretrained A-MAE, and with as many steps."""
+    """Config of features as wide as the pretrained A-MAE, and with as many steps."""
     return {"dim": mae.read_config(pretrained)["model"]["dim"], "mae_input": options["mae_input"]}, None

@@ -19,7 +19,7 @@ from pipeline.runtime import outside
 
 
 class Options(Params):
-    """`upstreams.panns:` in params.yaml."""
+    """Section `upstreams.panns:` of params.yaml."""
 
     weights: str = Field(min_length=1)  # data/sed/query: this run's own
 

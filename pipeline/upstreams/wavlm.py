@@ -19,7 +19,7 @@ __all__ = ["Options", "Upstream", "read"]
 
 
 class Upstream(_transformers.TransformersUpstream):
-    """WavLM."""
+    """The encoder WavLM, by transformers."""
 
     library = "WavLM"
     lora_targets = ("intermediate_dense", "output_dense")

@@ -113,7 +113,7 @@ def tracks_of(source: str, root: Path, view: View = "all", counts: Counter[str] 
 
 
 def four_stems(track: Track) -> Track:
-    """The same track with at most the stems vocals, drums, bass and other, in this order; other sums what is left.
+    """Reduce a track to at most the stems vocals, drums, bass and other, in this order; other sums what is left.
 
     A second part of a kind (bass_2) counts as that kind.
     """

@@ -48,7 +48,7 @@ Rng = np.random.Generator
 
 
 class Options(Params):
-    """`music.synthetic_stems:` in params.yaml."""
+    """Section `music.synthetic_stems:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
     n_tracks: int = Field(ge=1)
@@ -68,7 +68,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Song:
-    """What the stems of a track have in common."""
+    """Tempo, key and form that the stems of a track share."""
 
     seconds: float
     beat: float  # seconds
@@ -402,7 +402,7 @@ def _wav(waveform: Float32[np.ndarray, " time"], rate: int) -> bytes:
 
 
 def _state(root: Path) -> dict[str, Any]:
-    """What the marker of an earlier run says; empty for a folder that may be filled."""
+    """Read the marker of an earlier run; empty for a folder that may be filled."""
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"music.root {str(root)!r} is not a folder")
     marker = root / MARKER
@@ -427,6 +427,6 @@ def _is_there(root: Path, name: str, stem: str, sizes: dict[str, int]) -> bool:
 
 
 def tracks(root: Path, counts: Counter[str] | None = None) -> Iterator[Track]:
-    """What the folder reader finds there."""
+    """List the generated tracks by the folder reader."""
     found: Iterator[Track] = load("folder").tracks(root, counts)
     return found
