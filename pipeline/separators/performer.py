@@ -215,7 +215,7 @@ def _log_magnitude(spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tens
 def statistics(
     separator: Separator, waveforms: Iterable[Float[Tensor, "batch time"]]
 ) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
-    """Compute the arguments of `set_statistics` for the separator's `norm`, in float64; ValueError without a waveform."""
+    """Compute the arguments of `set_statistics` for `norm`, in float64; ValueError without a waveform."""
     count = 0
     total = square = low = high = torch.zeros((), dtype=torch.float64)
     for waveform in waveforms:
