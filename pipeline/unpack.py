@@ -27,7 +27,7 @@ from typing import Any
 import soundfile
 from tqdm import tqdm
 
-from pipeline.datasets import AUDIO_SUFFIXES
+from pipeline.datasets import AUDIO_SUFFIXES, audio_suffix
 from pipeline.runtime import log_to_stderr, read_json, run_command, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ Entry = tuple[str, Callable[[], bytes]] | str
 """The name of a file and what gives its bytes; or why there is none in this row."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
-_MAGIC = {b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg", b"ID3": ".mp3"}
 _SUMMARY = "unpacked.json"
 
 
@@ -84,7 +83,7 @@ def of_parquet(path: Path) -> Iterator[Entry]:
                 continue
             suffix = os.path.splitext(audio.get("path") or "")[1].lower()
             if suffix not in AUDIO_SUFFIXES:
-                suffix = next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), "")
+                suffix = audio_suffix(content) or ""
             yield (f"{row['video_id']}{suffix}", partial(bytes, content)) if suffix else "of_unknown_kind"
 
 

@@ -21,8 +21,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline import ontology
-from pipeline.datasets import AUDIO_SUFFIXES, Clip, audioset, esc50, fsd50k, load, recording_of, synthetic
+from pipeline.datasets import (
+    AUDIO_SUFFIXES,
+    Clip,
+    audio_suffix,
+    audioset,
+    esc50,
+    fsd50k,
+    load,
+    recording_of,
+    synthetic,
+    walk,
+)
 from pipeline.datasets.audioset import Segment, read_segments, resolve
+from pipeline.datasets.music import audio_files
 
 SPEECH, MALE, DOG = "/m/09x0r", "/m/05zppz", "/m/0bt9lr"
 HUMAN = "/m/0dgw9r"  # a node of the ontology, none of the 527
@@ -696,3 +708,36 @@ def test_the_serial_number_of_an_ogg_stream_is_fixed_and_its_pages_stay_whole():
 
 def test_every_suffix_that_the_generator_writes_is_one_that_the_reader_knows():
     assert {f".{e.suffix}" for e in synthetic.entries(OPTIONS) if e.suffix} <= set(AUDIO_SUFFIXES)
+
+
+@pytest.mark.parametrize("suffix", AUDIO_SUFFIXES)
+def test_every_kind_of_audio_is_found_in_a_corpus_and_in_a_folder_of_stems(tmp_path, suffix):
+    (tmp_path / f"a{suffix.upper()}").write_bytes(b"")
+    assert [path for path, _ in walk(tmp_path, Counter())] == [f"a{suffix.upper()}"]
+    assert audio_files([f"a{suffix.upper()}", "b.stem.mp4", "c.txt"], Counter()) == {"a": f"a{suffix.upper()}"}
+
+
+def test_what_soundfile_writes_is_told_by_its_content():
+    kinds = {"WAV": ".wav", "RF64": ".wav", "W64": ".w64", "FLAC": ".flac", "AIFF": ".aiff", "AU": ".au", "CAF": ".caf"}
+    for kind, expected in (kinds | {"OGG": ".ogg", "MP3": ".mp3"}).items():
+        file = io.BytesIO()
+        soundfile.write(file, np.zeros(4800), 48000, format=kind)
+        assert audio_suffix(file.getvalue()) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix"),
+    [
+        (b"\x00\x00\x00\x1cftypM4A ", ".m4a"),
+        (b"\x1aE\xdf\xa3\x01\x00", ".webm"),
+        (b"\xff\xf1\x50\x80", ".aac"),
+        (b"ID3\x04\x00", ".mp3"),
+        (b"\x00\x00\x00\x08wide\x00\x00", ".mov"),
+        (b"RIFF\x00\x00\x00\x00AVI ", None),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", None),
+        (b"<html>", None),
+        (b"", None),
+    ],
+)
+def test_a_kind_of_audio_is_told_by_how_its_content_begins(content, suffix):
+    assert audio_suffix(content) == suffix

@@ -33,9 +33,35 @@ CLIP_ID = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _TAKE = re.compile(r"[1-5]-(\d+)-[A-Z](?:-\d+)?", re.ASCII)
 _SEGMENT = re.compile(r"([A-Za-z0-9_-]{11})_\d+", re.ASCII)
 
-# Containers that soundfile, or torchcodec or ffmpeg where present, can open; of two files of one clip the first
-# in this order is taken.
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mkv")
+# What soundfile, or ffmpeg where it is installed, can open: the suffix, and how such a file begins. Every reader and
+# pipeline/unpack.py go by this table. Of two files of one sound the first in this order is taken.
+_AUDIO_KINDS = {
+    ".wav": rb"(RIFF|RIFX|RF64|BW64).{4}WAVE",
+    ".w64": rb"riff\x2e\x91\xcf\x11",
+    ".flac": rb"fLaC",
+    ".aiff": rb"FORM.{4}AIF[FC]",
+    ".aif": rb"FORM.{4}AIF[FC]",
+    ".au": rb"\.snd|dns\.",
+    ".caf": rb"caff",
+    ".ogg": rb"OggS",
+    ".oga": rb"OggS",
+    ".opus": rb"OggS",
+    ".mp3": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",  # MPEG 1, 2 or 2.5, layer III
+    ".m4a": rb".{4}ftyp",
+    ".aac": rb"\xff[\xf0\xf1\xf8\xf9]",
+    ".mp4": rb".{4}ftyp",
+    ".mov": rb".{4}(ftyp|moov|mdat|wide)",
+    ".webm": rb"\x1aE\xdf\xa3",
+    ".mkv": rb"\x1aE\xdf\xa3",
+    ".wma": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+}
+AUDIO_SUFFIXES = tuple(_AUDIO_KINDS)
+
+
+def audio_suffix(content: bytes) -> str | None:
+    """Suffix of the kind of audio that content begins like; None when it is no kind that can be read."""
+    kinds = _AUDIO_KINDS.items()
+    return next((suffix for suffix, pattern in kinds if re.match(pattern, content, re.DOTALL)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,9 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Literal, get_args
 
-NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+from pipeline.datasets import AUDIO_SUFFIXES
 
-# What libsndfile decodes. Of two files of one stem the first in this order is taken.
-AUDIO_SUFFIXES = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
+NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 # Native Instruments' Stems: a mixture and its parts as audio streams of one file.
 STEM_MP4 = ".stem.mp4"
@@ -178,17 +177,18 @@ def audio_files(names: Iterable[str], counts: Counter[str]) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     ranked = [(os.path.splitext(name), name) for name in names]
-    known = [(AUDIO_SUFFIXES.index(suffix.lower()), base, name) for (base, suffix), name in ranked if _is_audio(suffix)]
+    # A .stem.mp4 is several sounds, their sum among them.
+    known = [
+        (AUDIO_SUFFIXES.index(suffix.lower()), base, name)
+        for (base, suffix), name in ranked
+        if suffix.lower() in AUDIO_SUFFIXES and not name.lower().endswith(STEM_MP4)
+    ]
     for _, base, name in sorted(known):
         if base in chosen:
             counts["second_encodings"] += 1
         else:
             chosen[base] = name
     return dict(sorted(chosen.items()))
-
-
-def _is_audio(suffix: str) -> bool:
-    return suffix.lower() in AUDIO_SUFFIXES
 
 
 def stream_path(file: str, stream: int) -> str:
