@@ -1,0 +1,120 @@
+"""What is committed belongs together: dvc.lock to the code, and page, tables and summaries to metrics.json.
+
+After a change of code or params these fail until `make repro` has run and its results are committed with the change.
+"""
+
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from pipeline.reporting import encoder, music, tables
+from pipeline.reporting.gates import evaluate_gates
+from pipeline.reporting.headline import headline
+from pipeline.reporting.scores import QUERIES
+from pipeline.stages.report import Settings
+
+ROOT = Path(__file__).parent.parent
+REPORTS = ROOT / "reports"
+STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return Settings.load(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return json.loads((REPORTS / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def entries(settings):
+    return music.read_entries(REPORTS / "stages", settings.mixit or {}, {})
+
+
+@pytest.fixture(scope="module")
+def rows(metrics, settings, entries):
+    """Table I from metrics.json: ours, as the page and table1.md show it."""
+    return tables.our_rows(metrics, list(settings.separators), QUERIES, [entry.name for entry in entries])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dvc_lock_is_of_this_code_and_these_params(name):
+    """By hashes: of files and folders of code, and of the params that the stage reads. Needs no data."""
+    stage = STAGES[name]
+    code = [dep for dep in stage.deps if str(dep).startswith("pipeline/")]
+    assert code
+    stale = [str(dep) for dep in code if dep.hash_info != dep.get_hash()]
+    stale += [f"{path}: {change}" for dep in stage.params for path, change in dep.status().items()]
+    assert not stale, f"{name} was run before {', '.join(stale)} changed: `make repro`, and commit what it writes"
+    assert not stage.changed_stage()  # the command
+
+
+def test_dvc_lock_has_no_stage_that_is_gone():
+    locked = set(YAML(typ="safe").load(ROOT / "dvc.lock")["stages"])
+    assert locked == set(STAGES)
+
+
+def test_the_provenance_is_of_these_params():
+    found = json.loads((REPORTS / "provenance.json").read_text())
+    assert found["params"]["sha256"] == hashlib.sha256((ROOT / "params.yaml").read_bytes()).hexdigest()
+
+
+def test_the_headline_is_of_the_metrics(metrics, settings, entries):
+    failed = sum(not gate.passed for gate in evaluate_gates(metrics, settings.bounds))
+    expected = headline(metrics, list(settings.separators), [entry.name for entry in entries], failed)
+    assert json.loads((REPORTS / "headline.json").read_text()) == expected
+    assert failed == 0
+
+
+def test_the_metrics_are_of_the_stages_summaries(metrics, settings, entries):
+    def summary(name):
+        return json.loads((REPORTS / "stages" / f"{name}.json").read_text())
+
+    models = [name for name, entry in settings.separators.items() if "fusion" in entry.get("model", {})]
+    expected = encoder.encoder_metrics(summary("pretrain_mae"), {m: summary(f"probe_{m}") for m in models}, {})
+    expected |= music.metrics(entries, music.read_pretraining(REPORTS / "stages"))
+    assert {key: metrics.get(key) for key in expected} == expected
+    for split in ("train", "eval"):
+        assert metrics[f"data.{split}.pairs"] == summary(f"pairs_{split}")["pairs"]
+
+
+def test_table_1_is_of_the_metrics_cell_by_cell(rows):
+    lines = [line for line in (REPORTS / "table1.md").read_text().splitlines() if line.startswith("| ")]
+    written = [[cell.strip() for cell in line.split(" | ")] for line in (line[2:-2] for line in lines)]
+    assert written[0][2:] == list(tables.COLUMNS.values())
+    found = {(cells[0], cells[1]): cells[2:] for cells in written[1:]}
+    for row in rows:
+        key = (tables.escape(row.system), row.query)
+        assert found[key] == [tables.escape(tables.cell(row, column)) for column in tables.COLUMNS]
+    assert len(rows) > 2
+
+
+def test_the_page_is_of_the_metrics_cell_by_cell(rows, metrics, settings):
+    page = (REPORTS / "report.html").read_text()
+
+    def cells(part):
+        found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", part)]
+        return [[html.unescape(re.sub("<[^>]*>", " ", cell)).split() for cell in row] for row in found]
+
+    section = page[page.index('<section id="table1">') : page.index('<section id="listen">')]
+    shown = cells(section)
+    for row in rows:
+        texts = [row.system, row.query, *(tables.cell(row, column) for column in tables.COLUMNS)]
+        assert [text.split() for text in texts] in shown, row.system
+    for gate in evaluate_gates(metrics, settings.bounds):
+        (found,) = [row for row in shown if row[1:2] == [[gate.key]]]
+        assert found[0] == ["pass" if gate.passed else "FAIL"]
+        assert found[2] == [f"{gate.value:.4g}"]
+
+
+def test_the_tables_without_queries_are_of_the_summaries(entries, settings):
+    shown = music.report_tables(entries, music.read_pretraining(REPORTS / "stages"))
+    assert (REPORTS / "mixit.md").read_text() == music.markdown(entries, shown, settings.music)
