@@ -162,6 +162,12 @@ def check_files(document: Mapping[str, Any]) -> None:
     """ValueError for weights, or a folder of data, that are not there or not what params.yaml says."""
     from pipeline import weights
 
+    for folder in (Path("data"), *sorted(Path("data").glob("*")), Path("reports")):
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder} is a link to {folder.resolve()}: DVC takes no results behind a link. Have a folder here, and "
+                "the project on the disk that has the room"
+            )
     for key, path, sha256 in weights_of(document):
         try:
             weights.check(path, sha256)
@@ -210,7 +216,7 @@ def check_machine(document: Mapping[str, Any]) -> list[str]:
         if not Path("data/clips/eval").exists() and needed > free:
             raise ValueError(
                 f"the disk of {Path.cwd()} has {free / GIGABYTE:.1f} GB free; {clips} clips take some "
-                f"{needed / GIGABYTE:.1f} GB: free some, or link data/ and .dvc/cache to another disk"
+                f"{needed / GIGABYTE:.1f} GB: free some, or move the project to a larger disk"
             )
         lines.append(f"disk: {clips:,} clips take some {needed / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB are free")
     else:

@@ -149,3 +149,10 @@ def test_a_single_stage_of_a_bad_name_deletes_and_runs_nothing(project, stage, n
     assert found.returncode != 0
     assert (project / "data" / "mydata" / "precious").exists()
     assert not list(project.rglob("pwned*"))
+
+
+def test_a_link_where_results_are_to_lie_is_named(workspace, tmp_path_factory):
+    Path("data").mkdir(exist_ok=True)
+    Path("data/clips").symlink_to(tmp_path_factory.mktemp("disk"))
+    with pytest.raises(ValueError, match="data/clips is a link to .*: DVC takes no results behind a link"):
+        check_files(document())
