@@ -165,8 +165,8 @@ def check_files(document: Mapping[str, Any]) -> None:
     for folder in (Path("data"), *sorted(Path("data").glob("*")), Path("reports")):
         if folder.is_symlink():
             raise ValueError(
-                f"{folder} is a link to {folder.resolve()}: DVC takes no results behind a link. Have a folder here, and "
-                "the project on the disk that has the room"
+                f"{folder} is a link to {folder.resolve()}: DVC takes no results behind a link. Have a folder "
+                "here, and the project on the disk that has the room"
             )
     for key, path, sha256 in weights_of(document):
         try:

@@ -154,5 +154,5 @@ def test_a_single_stage_of_a_bad_name_deletes_and_runs_nothing(project, stage, n
 def test_a_link_where_results_are_to_lie_is_named(workspace, tmp_path_factory):
     Path("data").mkdir(exist_ok=True)
     Path("data/clips").symlink_to(tmp_path_factory.mktemp("disk"))
-    with pytest.raises(ValueError, match="data/clips is a link to .*: DVC takes no results behind a link"):
+    with pytest.raises(ValueError, match=r"data/clips is a link to .*: DVC takes no results behind a link"):
         check_files(document())

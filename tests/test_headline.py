@@ -12,7 +12,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from pipeline.reporting.headline import headline, improved_shares
+from pipeline.reporting.headline import headline, shares
 from pipeline.stages.report import report
 from tests.test_report import make_run
 
@@ -25,12 +25,26 @@ def test_the_share_is_of_the_defined_pairs_that_gain_more_than_half_of_the_mixtu
             "model": ["a"] * 5 + ["b"],
             "query": ["average"] * 4 + ["oracle", "average"],
             "sdri": [3.0, 3.01, -2.0, np.nan, 9.0, np.nan],
+            "sdr": [3.0, 3.02, 2.0, np.nan, 9.0, np.nan],
+            "sdr_half": [3.01] * 6,
+            "si_sdri": [1.0, 6.0, -3.0, np.nan, 5.0, np.nan],
+            "bss_sir": [-1.0, 4.0, -2.0, np.nan, 8.0, np.nan],
         }
     )
-    assert improved_shares(scores) == {
-        "a.average.share_improved_3_db": pytest.approx(1 / 3, abs=1e-6),
+    third = pytest.approx(1 / 3, abs=1e-6)
+    assert shares(scores) == {
+        "a.average.share_improved_3_db": third,
+        "a.average.share_above_half": third,
+        "a.average.share_si_sdri_above_0": pytest.approx(2 / 3, abs=1e-6),
+        "a.average.share_si_sdri_above_5_db": third,
+        "a.average.share_other_louder": pytest.approx(2 / 3, abs=1e-6),
         "a.oracle.share_improved_3_db": 1.0,
+        "a.oracle.share_above_half": 1.0,
+        "a.oracle.share_si_sdri_above_0": 1.0,
+        "a.oracle.share_si_sdri_above_5_db": 0.0,
+        "a.oracle.share_other_louder": 0.0,
     }
+    assert not any("other_louder" in key for key in shares(scores.drop(columns="bss_sir")))
 
 
 def test_the_report_writes_them_from_its_metrics(tmp_path):

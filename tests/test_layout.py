@@ -181,6 +181,10 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     made |= {
         f"data/{folder}/{name}" for names in entries.values() for name in names for folder in ("mixit", "mixit_scores")
     }
+    of_features = list(YAML(typ="safe").load(profile)["mae_separators"])
+    of_queries = [*of_features, *YAML(typ="safe").load(profile)["separators"]]
+    made |= {f"data/upstreams/{name}.json" for name in of_features}
+    made |= {f"data/{folder}/{name}" for name in of_queries for folder in ("separators", "scores")}
     for path in (tmp_path / name for name in made if not (ROOT / name).is_relative_to(ROOT / "pipeline")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch() if path.suffix else path.mkdir(exist_ok=True)
@@ -189,8 +193,12 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     plan = subprocess.run([*dvc, "repro", "--dry"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
-    free = {"train_mixit", "evaluate_mixit", "train_mixit_anchors", "evaluate_mixit_anchors"}
-    expected = {name for name in STAGES if name.split("@")[0] not in free}
+    per_split = {"resample", "mine_anchors", "make_eval_pairs"}
+    expected = {name for name in STAGES if "@" not in name or name.split("@")[0] in per_split}
+    expected |= {
+        f"{stage}@{name}" for name in of_features for stage in ("train_mae_separator", "evaluate_mae", "probe")
+    }
+    expected |= {f"evaluate@{name}" for name in of_queries if name not in of_features}
     expected |= {f"{stage}_mixit@{name}" for name in entries["music"] for stage in ("train", "evaluate")}
     expected |= {f"{stage}_mixit_anchors@{name}" for name in entries["anchors"] for stage in ("train", "evaluate")}
     for name in expected:

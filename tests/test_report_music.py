@@ -436,7 +436,8 @@ def test_entries_scored_on_the_pairs_have_rows_in_table_1_that_say_what_they_are
     table, shown = (run / "table1.md").read_text(), (run / "report.html").read_text()
     label = "sounds_2 (MixIT from isolated sources, best assignment)"
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {label}")]
-    assert line.startswith(f"| {label} | {DASH} | 6.66 [6.16, 7.16] | {DASH} | 6.66 [6.16, 7.16] | 5.55 [5.05, 6.05] |")
+    figures = ["6.66 [6.16, 7.16]", DASH, "6.66 [6.16, 7.16]", DASH, "5.55 [5.05, 6.05]"]
+    assert line.startswith(f"| {label} | {DASH} | {' | '.join(figures)} |")
     assert line.endswith("| 1,234 | 3 |")
     lines = table.splitlines()
     assert lines.index(line) == max(i for i, text in enumerate(lines) if text.startswith("| resunet | ")) + 1

@@ -10,15 +10,26 @@ IMPROVED_DB = 3.0  # what half of the mixture gains at 0 dB without separating a
 SHARE = "share_improved_3_db"
 
 
-def improved_shares(scores: pd.DataFrame) -> dict[str, float]:
-    """<model>.<query>.share_improved_3_db: of a model's pairs with a defined SDRi, the share that gains more than 3 dB.
+def shares(scores: pd.DataFrame) -> dict[str, float]:
+    """Shares of the pairs by <model>.<query>.<key of tables.SHARES>, of those where the number is defined.
 
-    `scores` as of `scores.read_scores`; a model without a defined pair has no key.
+    `scores` as of `scores.read_scores`; a share without a defined pair has no key.
     """
-    defined = scores.dropna(subset=["sdri"])
-    groups = defined.groupby(["model", "query"])["sdri"]
-    shares = {f"{key[0]}.{key[1]}.{SHARE}": (values > IMPROVED_DB).mean() for key, values in groups}
-    return {key: round(float(share), 6) for key, share in shares.items()}
+    conditions = {
+        SHARE: ("sdri", scores["sdri"] > IMPROVED_DB),
+        "share_above_half": ("sdr", scores["sdr"] > scores["sdr_half"]),
+        "share_si_sdri_above_0": ("si_sdri", scores["si_sdri"] > 0),
+        "share_si_sdri_above_5_db": ("si_sdri", scores["si_sdri"] > 5),
+    }
+    if "bss_sir" in scores:
+        conditions["share_other_louder"] = ("bss_sir", scores["bss_sir"] < 0)
+    found = {}
+    for name, (column, holds) in conditions.items():
+        defined = holds.astype(float).where(scores[column].notna())
+        by_model = pd.DataFrame({"model": scores["model"], "query": scores["query"], "share": defined})
+        for row in by_model.groupby(["model", "query"], as_index=False)["share"].mean().dropna().itertuples():
+            found[f"{row.model}.{row.query}.{name}"] = round(float(str(row.share)), 6)
+    return found
 
 
 def headline(

@@ -21,7 +21,7 @@ from pipeline import ontology
 from pipeline.config import Params, load_params
 from pipeline.reporting import charts, encoder, listening, music, page, published, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
-from pipeline.reporting.headline import headline, improved_shares
+from pipeline.reporting.headline import headline, shares
 from pipeline.reporting.inputs import (
     SPLITS,
     SplitData,
@@ -339,7 +339,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         read_split(split, manifest=places.manifest, clips=places.clips, anchors=places.anchors, pairs=places.pairs)
         for split in SPLITS
     ]
-    metrics = summary.metrics | improved_shares(scores)
+    metrics = summary.metrics | shares(scores)
     for split in splits:
         metrics |= split.metrics()
     configs = encoder.read_configs(places.separators, models)
@@ -381,7 +381,6 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
             "mixit_pretraining": charts.training_chart(pretrained),
         }
     ours = tables.our_rows(metrics, models, QUERIES, [entry.name for entry in unsupervised])
-    differences = tables.difference_rows(metrics, models, QUERIES)
     best = listening.best_model(metrics, models)
     n_classes = int(metrics["mixture.n_classes"])
     warnings = [
@@ -401,7 +400,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     }
     bound = [tables.BEST_ASSIGNMENT] if any(tables.UNSUPERVISED in row.system for row in ours) else []
     paper = published.table_1_rows()
-    table_1 = tables.table1_markdown(ours, paper, differences, compared, [*bound, *warnings, *notes])
+    table_1 = tables.table1_markdown(ours, paper, compared, [*bound, *warnings, *notes], several=len(models) > 1)
     files["table1.md"] = f"{table_1}\n{published.checks_markdown(checks)}"
     music_tables = music.report_tables(unsupervised, pretraining_music)
     if settings.mixit is not None:
@@ -420,7 +419,8 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         "checks_are": published.CHECKS_ARE,
         "checks_generated": published.GENERATED if settings.data.source == "synthetic" else "",
         "gain_svg": Markup(charts.themed(drawings["gain_flatness"], "Gain of each class by its spectral flatness")),
-        "differences": differences,
+        "shares": tables.SHARES,
+        "share_rows": tables.with_shares(ours),
         "comparisons": compared,
         "columns": tables.COLUMNS,
         "one_training": tables.ONE_TRAINING,
@@ -454,7 +454,13 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
         **_class_context(summary.per_class, splits, settings.report),
         **_stage_context(places, models, unsupervised, timings),
     }
-    filters = {"db": tables.db, "interval": tables.interval, "cell": tables.cell, "p_value": tables.p_value}
+    filters = {
+        "db": tables.db,
+        "share": tables.share,
+        "interval": tables.interval,
+        "cell": tables.cell,
+        "p_value": tables.p_value,
+    }
     # A page without sounds tells how many of them will fit.
     budget = MAX_PAGE_BYTES - len(page.render(context, filters).encode())
     heard = [entry for entry in unsupervised if not (entry.data == "music" and settings.music in music.WITHHELD)]
