@@ -184,6 +184,7 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     of_features = list(YAML(typ="safe").load(profile)["mae_separators"])
     of_queries = [*of_features, *YAML(typ="safe").load(profile)["separators"]]
     made |= {f"data/upstreams/{name}.json" for name in of_features}
+    made |= {f"data/performer/pretrained_{which}" for which in ("true", "false")}
     made |= {f"data/{folder}/{name}" for name in of_queries for folder in ("separators", "scores")}
     for path in (tmp_path / name for name in made if not (ROOT / name).is_relative_to(ROOT / "pipeline")):
         path.parent.mkdir(parents=True, exist_ok=True)
