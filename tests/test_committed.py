@@ -49,7 +49,7 @@ def rows(metrics, settings, entries):
 def test_dvc_lock_is_of_this_code_and_these_params(name):
     """By hashes: of files and folders of code, and of the params that the stage reads. Needs no data."""
     stage = STAGES[name]
-    code = [dep for dep in stage.deps if str(dep).startswith("pipeline/")]
+    code = [dep for dep in stage.deps if str(dep).split("/")[0] in ("pipeline", "params.yaml")]
     assert code
     stale = [str(dep) for dep in code if dep.hash_info != dep.get_hash()]
     stale += [f"{path}: {change}" for dep in stage.params for path, change in dep.status().items()]
