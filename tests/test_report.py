@@ -757,7 +757,7 @@ def test_example_files_cannot_lead_elsewhere(tmp_path):
     wavfile.write(tmp_path / "secret.wav", RATE, np.zeros(100, np.float32))
     examples.write_text(json.dumps(described))
     with pytest.raises(FileNotFoundError, match=r"examples/secret\.wav"):
-        listening.read_examples(tmp_path / "data" / "scores", ["resunet"], "resunet", 700_000)
+        listening.read_examples(tmp_path / "data" / "scores", ["resunet"], "resunet")
 
 
 def test_three_pairs_are_chosen_by_their_rank_among_all():

@@ -49,10 +49,8 @@ def choose(scores: pd.DataFrame, kept: Sequence[int]) -> list[tuple[int, str]]:
     return chosen
 
 
-def read_examples(
-    scores: Path, models: Sequence[str], best: str, budget: int
-) -> tuple[list[page.Example], int, bytes | None]:
-    """Read the chosen pairs: examples within `budget` bytes, Hz of their sounds (0: none), and a picture of the first.
+def read_examples(scores: Path, models: Sequence[str], best: str) -> tuple[list[page.Example], int, bytes | None]:
+    """Read the chosen pairs: the examples, Hz of their sounds (0: there are none), and a picture of the first.
 
     Mixture and target are shared, each model adds its estimate under the average query.
     """
@@ -61,14 +59,11 @@ def read_examples(
         return [], 0, None
     frame = pd.read_parquet(scores / best / "scores.parquet", columns=["pair", "query", "si_sdri"])
     examples: list[page.Example] = []
-    picture, rate, spent = None, 0, 0
+    picture, rate = None, 0
     for pair, title in choose(frame, sorted(items[best])):
         waveforms, rate = _waveforms(scores, items, best, pair)
         item = items[best][pair]
         panels = page.panels([(name, caption, waveform) for name, caption, waveform in waveforms], rate)
-        spent += sum(len(sound.audio) + len(sound.image) for sound in panels)
-        if examples and spent > budget:
-            break
         seconds = len(waveforms[0][2]) / rate
         examples.append(
             page.Example(pair, str(item["class_name"]), str(item["interferer_class_name"]), seconds, panels, title)

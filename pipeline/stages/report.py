@@ -40,9 +40,8 @@ from pipeline.runtime import as_json, run_command, running, write_together
 
 log = logging.getLogger(__name__)
 
-# Of report.html, which shall be fit to lie in git. Examples are left out to keep it; the first one always stays.
+# Of report.html, which shall be fit to lie in git. The three pairs always stay; excerpts of MixIT fill what is left.
 MAX_PAGE_BYTES = 950_000
-MUSIC_SHARE = 0.25  # of what is left for sounds, kept for the unsupervised separators where they have any
 
 
 class ReportParams(Params):
@@ -464,8 +463,7 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     # A page without sounds tells how many of them will fit.
     budget = MAX_PAGE_BYTES - len(page.render(context, filters).encode())
     heard = [entry for entry in unsupervised if not (entry.data == "music" and settings.music in music.WITHHELD)]
-    reserved = round(MUSIC_SHARE * budget) if any(entry.examples for entry in heard) else 0
-    examples, rate, picture = listening.read_examples(places.scores, models, best, budget - reserved)
+    examples, rate, picture = listening.read_examples(places.scores, models, best)
     context |= {"examples": examples, "nyquist_khz": rate / 2000}
     budget -= sum(len(sound.audio) + len(sound.image) for example in examples for sound in example.sounds)
     excerpts, left_out = music.read_examples(places.mixit_scores, heard, budget)
