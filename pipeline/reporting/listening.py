@@ -111,7 +111,7 @@ def _waveforms(
         gains = [tables.db(own.get(name), signed=True) for name in ("si_sdri", "sdri")]
         caption = f"SI-SDRi {gains[0]} dB, SDRi {gains[1]} dB"
         if is_other(estimate, mixture, target):
-            caption = f"{OTHER}; {caption}"
+            caption = f"{OTHER}, SI-SDRi {gains[0]} dB"
         found.append((model, caption, estimate))
     return found, rate
 
