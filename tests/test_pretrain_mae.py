@@ -219,7 +219,14 @@ def test_a_published_autoencoder_is_evaluated_on_whole_clips_whatever_was_to_be_
 
 UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4] * 6, "norm_momentum": 0.1, "phase_bias": 1.0}
 SETTINGS = {
-    **{"upstream": "mae", "mae_input": "pad1024", "layers": "auto", "repeat": "interleave", "fusion": "film"},
+    **{
+        "upstream": "mae",
+        "mae_input": "pad1024",
+        "layers": "auto",
+        "repeat": "interleave",
+        "fusion": "film",
+        "fusion_options": {},
+    },
     **{"lora_rank": 0, "encoder_learning_rate": 1e-3, "encoder_weight_decay": 0.0, "layer_decay": 1.0},
     **{"unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
 }

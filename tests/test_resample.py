@@ -406,7 +406,7 @@ def test_a_full_disk_leaves_no_partial_shard(small):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    done = run(small, preexec_fn=limit)
+    done = run(small, preexec_fn=limit, variables={"USS_DEBUG": "1"})  # names the part, behind the traceback
     assert done.returncode != 0
     assert "File too large" in done.stderr
     assert "in part" in done.stderr
