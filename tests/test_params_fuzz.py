@@ -58,7 +58,7 @@ def leaves(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield path
 
 
-def stopped_by_name(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
+def assert_stopped_by_name(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
     document = YAML(typ="safe").load(Path(__file__).parent.parent / "params.yaml")
     node = document
     for key in path[:-1]:
@@ -78,7 +78,7 @@ def test_what_is_no_value_is_stopped_by_name(tmp_path, section):
     assert paths
     for number, path in enumerate(paths):
         for value in list(WRONG.values())[number % 2 :: 2]:  # every other one: half of the time
-            stopped_by_name(tmp_path, path, value)
+            assert_stopped_by_name(tmp_path, path, value)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_what_is_no_value_is_stopped_by_name(tmp_path, section):
 @pytest.mark.parametrize("wrong", WRONG)
 def test_none_of_what_is_no_value_passes(tmp_path, section, wrong):
     for path in leaves(DOCUMENT[section], (section,)):
-        stopped_by_name(tmp_path, path, WRONG[wrong])
+        assert_stopped_by_name(tmp_path, path, WRONG[wrong])
 
 
 @pytest.mark.parametrize("value", [-1, 10**12, 10**30])
@@ -95,9 +95,9 @@ def test_numbers_that_no_run_can_mean_are_stopped_by_name(tmp_path, value):
     bounded = [path for path in paths if any(key in BOUNDED for key in path[1:])]
     assert len(bounded) > 20
     for path in bounded:
-        stopped_by_name(tmp_path, path, value)
+        assert_stopped_by_name(tmp_path, path, value)
 
 
 @pytest.mark.parametrize("warmup", [[[0, 0.0]], [[0, -1.0]], [[-1, 1.0]], [[0, 0.1], [5, 11.0]]])
 def test_a_warm_up_that_turns_learning_round_or_off_is_stopped_by_name(tmp_path, warmup):
-    stopped_by_name(tmp_path, ("train", "warmup"), warmup)
+    assert_stopped_by_name(tmp_path, ("train", "warmup"), warmup)
