@@ -182,9 +182,7 @@ def stages_of_tiny():
         }.items():
             shutil.copy(ROOT / source, Path(folder, name))
         stages = Repo.init(folder, no_scm=True).index.stages
-        return {
-            s.addressing: (s.cmd, [out.def_path for out in s.outs]) for s in stages if s.cmd and s.addressing != "check"
-        }
+        return {s.name: (s.cmd, [out.def_path for out in s.outs]) for s in stages if s.cmd and s.name != "check"}
 
 
 STAGES = stages_of_tiny()
