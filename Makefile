@@ -10,10 +10,10 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS
-	python -m pipeline.repro $(if $(JOBS),--jobs $(JOBS))
+	python -m pipeline repro $(if $(JOBS),--jobs $(JOBS))
 
 ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours
-	python -m pipeline.ablations; code=$$?; dvc repro --force --single-item report && exit $$code
+	python -m pipeline ablations; code=$$?; dvc repro --force --single-item report && exit $$code
 
 test: $(READY)  ## every test, the whole graph on profiles/tiny.yaml included
 	python -m pytest
@@ -36,7 +36,7 @@ check: $(READY)  ## ruff, ruff format, mypy --strict
 	mypy
 
 gate: $(READY)  ## the bounds of params.yaml, held against the committed reports/metrics.json
-	python -m pipeline.gate
+	python -m pipeline gate
 
 format: $(READY)  ## ruff, writing
 	ruff check --fix .

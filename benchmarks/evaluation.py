@@ -27,12 +27,13 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from pipeline import separators, shards
-from pipeline.anchors import AnchorIndex, AnchorReader, anchor_key, write_index
-from pipeline.metrics import sdr, si_sdr
-from pipeline.mixing import mix
-from pipeline.ontology import classes
-from pipeline.runtime import cpu_count, write_json
+from pipeline import separators
+from pipeline.core.ontology import classes
+from pipeline.core.runtime import cpu_count, write_json
+from pipeline.evaluation.metrics import sdr, si_sdr
+from pipeline.mixtures import shards
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader, anchor_key, write_index
+from pipeline.mixtures.mixing import mix
 from pipeline.separators import build
 from pipeline.stages.evaluate import EvaluateParams, Setup, load, score_part
 

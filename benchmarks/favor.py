@@ -35,7 +35,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from pipeline.favor import PerformerEncoder, favor_attention, orthogonal_features
+from pipeline.nn.favor import PerformerEncoder, favor_attention, orthogonal_features
 
 HEADS, HEAD_DIM, N_FEATURES = 8, 64, 256
 TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000)

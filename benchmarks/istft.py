@@ -1,4 +1,4 @@
-"""The inverse STFT of pipeline.features against torch.istft, forward and backward, at the sizes the separators have.
+"""The inverse STFT of nn.features against torch.istft, forward and backward, at the sizes the separators have.
 
     python -m benchmarks.istft             one thread; half a minute
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear import compare
-from pipeline.features import istft
-from pipeline.runtime import keep_freed_memory
+from pipeline.core.runtime import keep_freed_memory
+from pipeline.nn.features import istft
 
 TOLERANCE = 1e-5
 N_FFT = 1024

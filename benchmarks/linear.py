@@ -1,4 +1,4 @@
-"""pipeline.linear's matrix products against torch.nn.functional.linear, and a training step of the Performer by either.
+"""The matrix products of nn.linear against torch.nn.functional.linear, and a training step of the Performer by either.
 
     python -m benchmarks.linear            one thread; a minute
     python -m benchmarks.linear --threads 2
@@ -8,7 +8,7 @@ the gradients of inputs, weights and bias. The step is the MixIT Performer's of 
 mixtures: forward, MixIT loss, backward, AdamW.
 
 The two ways are shown to agree, and are taken in turn; one thread is timed by its CPU time. Ratios are of the minima,
-those of the medians in brackets. On a processor where pipeline.linear is torch's own all ratios are 1.
+those of the medians in brackets. On a processor where pipeline.nn.linear is torch's own all ratios are 1.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.mae import in_turn, torchs_linear
-from pipeline.config import load_params
-from pipeline.linear import linear, mkl_is_slower
-from pipeline.mixit import MixitParams, build_optimizer, read_entry, training_losses
-from pipeline.runtime import keep_freed_memory
+from pipeline.core.config import load_params
+from pipeline.core.runtime import keep_freed_memory
+from pipeline.nn.linear import linear, mkl_is_slower
 from pipeline.separators import build_blind
+from pipeline.training.mixit import MixitParams, build_optimizer, read_entry, training_losses
 
 PRODUCTS = {
     "ViT-B, 8 x 513 tokens, feed-forward in": (8 * 513, 768, 3072),
@@ -114,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    print(f"{args.threads} threads; pipeline.linear is {'oneDNN' if mkl_is_slower() else 'torch.nn.functional.linear'}")
+    print(f"{args.threads} threads; nn.linear is {'oneDNN' if mkl_is_slower() else 'torch.nn.functional.linear'}")
     products(args.repeats)
     step(args.repeats)
 

@@ -4,7 +4,7 @@
 
 attention     ViT-B (12 x 768) on 8 clips of 1024 frames (513 tokens), no gradients, fp32: ours, with fused attention,
               against the original's: q k^T, softmax and the product with v one by one. Same weights, same Linear
-encoder       the same against all of the original's way, with torch's own Linear (see pipeline/linear.py: on Intel's
+encoder       the same against all of the original's way, with torch's own Linear (see pipeline/nn/linear.py: on Intel's
               processors that is what ours has, too)
 precision     ours in bf16 against ours in fp32: weights held in bf16, as `bf16_frozen` does, and autocast
 filter bank   16 clips of 2 s at 16 kHz in one call (ours) against torchaudio's Kaldi filter bank, clip by clip
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torchaudio.compliance import kaldi
 
-from pipeline import linear
-from pipeline.fbank import HOP_SAMPLES, N_MELS, SAMPLE_RATE, fbank
-from pipeline.runtime import keep_freed_memory
+from pipeline.core.runtime import keep_freed_memory
+from pipeline.nn import linear
+from pipeline.nn.fbank import HOP_SAMPLES, N_MELS, SAMPLE_RATE, fbank
 from pipeline.upstreams.mae import MAX_FRAMES, Attention, Encoder
 
 VIT_B = {"dim": 768, "depth": 12, "heads": 12}

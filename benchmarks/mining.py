@@ -27,13 +27,14 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline import panns, shards
-from pipeline.anchors import AnchorIndex, AnchorReader
-from pipeline.config import load_params
-from pipeline.mining import best_start
-from pipeline.ontology import class_of, classes, kin
-from pipeline.sampling import PairStream
-from pipeline.shards import ClipReader
+from pipeline.core.config import load_params
+from pipeline.core.ontology import class_of, classes, kin
+from pipeline.mixtures import shards
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
+from pipeline.mixtures.mining import best_start
+from pipeline.mixtures.pairs import PairStream
+from pipeline.mixtures.shards import ClipReader
+from pipeline.nn import panns
 from pipeline.stages.mine_anchors import AudioParams, MineAnchorsParams, load_networks, mine_anchors
 
 SAMPLE_RATE, N_CLASSES = 32000, 24

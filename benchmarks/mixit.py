@@ -30,7 +30,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from pipeline.losses import mixit_loss
+from pipeline.nn.losses import mixit_loss
 
 SAMPLE_RATE, N_SOURCES, MAX_SNR_DB = 44_100, 8, 30.0
 # Measured, per sample of the batch: four float32 waveforms per assignment and mixture.

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.anchors import anchor_key, write_index
-from pipeline.mixing import PairsParams
-from pipeline.ontology import classes
+from pipeline.core.ontology import classes
+from pipeline.mixtures.anchors import anchor_key, write_index
+from pipeline.mixtures.mixing import PairsParams
 from pipeline.stages.make_eval_pairs import MakeEvalPairsParams, make_eval_pairs
 
 N_CLIPS, PAIRS_PER_CLASS = 20_000, 100

@@ -22,9 +22,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from pipeline.config import load_params
-from pipeline.parts import run_parts
-from pipeline.runtime import remove
+from pipeline.core.config import load_params
+from pipeline.core.parts import run_parts
+from pipeline.core.runtime import remove
 from pipeline.stages.resample import LISTED, AudioParams, ResampleParams, resample_part
 
 ROUNDS = 7

@@ -17,14 +17,14 @@ import time
 
 import torch
 
-from pipeline.config import load_params
-from pipeline.features import SAMPLE_RATE
-from pipeline.losses import l1_loss
-from pipeline.repro import share_of_cores
-from pipeline.runtime import cpu_count, keep_freed_memory
+from pipeline.core.config import load_params
+from pipeline.core.runtime import cpu_count, keep_freed_memory
+from pipeline.experiments.repro import share_of_cores
+from pipeline.nn.features import SAMPLE_RATE
+from pipeline.nn.losses import l1_loss
 from pipeline.separators import build, model_params
 from pipeline.stages.train_separator import TrainParams
-from pipeline.training import build_optimizer
+from pipeline.training.loop import build_optimizer
 
 QUERY_DIM = 128
 

@@ -22,12 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.features import SAMPLE_RATE
-from pipeline.losses import l1_loss
-from pipeline.mixing import energy, energy_gain, mix
-from pipeline.panns import Detector, PannsDetector, PannsQueryEncoder, QueryEncoder, SmallCnn, panns_models, to_frames
+from pipeline.mixtures.mixing import energy, energy_gain, mix
+from pipeline.nn.features import SAMPLE_RATE
+from pipeline.nn.losses import l1_loss
+from pipeline.nn.panns import (
+    Detector,
+    PannsDetector,
+    PannsQueryEncoder,
+    QueryEncoder,
+    SmallCnn,
+    panns_models,
+    to_frames,
+)
 from pipeline.separators import build
-from pipeline.training import build_optimizer
+from pipeline.training.loop import build_optimizer
 
 SEGMENT_FRAMES, SMOOTHING_FRAMES, FRAME = 200, 201, 320
 CLIP_SAMPLES, SEGMENT_SAMPLES = 10 * SAMPLE_RATE, SEGMENT_FRAMES * FRAME

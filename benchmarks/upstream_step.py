@@ -12,7 +12,7 @@ mae_resunet_interferer   frozen; the features tell what else sounds, which is le
 A step is forward, L1, backward and Adam in fp32 (a frozen A-MAE as `bf16_frozen` says), on the same random mixtures for
 all. Steps are taken in turn, so that all meet the same noise of a busy machine; one thread on a CPU is timed by its CPU
 time, which leaves out when others have the core. Minima and medians are given, and ratios of the medians (of the minima
-in brackets). A step's multiply-adds are pipeline.cost's, times three where weights learn (backward is two products for
+in brackets). A step's multiply-adds are from evaluation.cost, times 3 where weights learn (backward is two products for
 each of forward), once in a frozen upstream. Norms, transforms and Adam are in the time and not in that count. The
 upstream's own part is what lies between mixture and features: resampling, filter bank, encoder, pooling.
 
@@ -35,14 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mae import now
-from pipeline.config import AudioParams, load_params
-from pipeline.cost import cost
-from pipeline.pretraining import PretrainParams
-from pipeline.runtime import keep_freed_memory
+from pipeline.core.config import AudioParams, load_params
+from pipeline.core.runtime import keep_freed_memory
+from pipeline.evaluation.cost import cost
 from pipeline.separators import Batch, QuerySeparator, build, mae_resunet, model_params
 from pipeline.stages.sed import SedParams
 from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
-from pipeline.training import build_optimizer
+from pipeline.training.loop import build_optimizer
+from pipeline.training.mae import PretrainParams
 from pipeline.upstreams.mae import encoder_sizes
 
 SMALL, FULL = Path("params.yaml"), Path("profiles/audioset.yaml")

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TOOLS = ("separate", "repro", "check", "gate", "seeds", "ablations", "unpack")
 
 
 def commands() -> dict[str, str]:
-    """Map each command to its module: the tools, and a stage per file of stages/."""
-    found = {name: f"pipeline.{name}" for name in TOOLS if (HERE / name).is_dir() or (HERE / f"{name}.py").is_file()}
-    stages = sorted(path.stem for path in (HERE / "stages").glob("[a-z]*.py"))
-    return found | {name: f"pipeline.stages.{name}" for name in stages}
+    """Map each command to its module: `separate`, `unpack`, and one per file of experiments/ and stages/."""
+    found = {"separate": "pipeline.separate", "unpack": "pipeline.datasets._unpack"}
+    for package in ("experiments", "stages"):
+        names = sorted(path.stem for path in (HERE / package).glob("[a-z]*.py"))
+        found |= {name: f"pipeline.{package}.{name}" for name in names}
+    return found
 
 
 def summary(module: str) -> str:

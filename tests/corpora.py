@@ -8,8 +8,10 @@ import numpy as np
 import soundfile
 import torch
 
-from pipeline import anchors, ontology, panns, shards
+from pipeline.core import ontology
 from pipeline.datasets import recording_of
+from pipeline.mixtures import anchors, shards
+from pipeline.nn import panns
 
 SAMPLE_RATE = 32000
 # Speech, Dog and Bell stand for three pitches.

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import devices, runtime, training
-from pipeline.devices import blame_neighbours, go_on_alike, loading
-from pipeline.runtime import DiskFull, write_together, writing
-from pipeline.training import rows_on_disk
+from pipeline.core import devices, runtime
+from pipeline.core.devices import blame_neighbours, go_on_alike, loading
+from pipeline.core.runtime import DiskFull, write_together, writing
+from pipeline.training import loop as training
+from pipeline.training.loop import rows_on_disk
 from tests.corpora import write_anchors
 from tests.test_train_separator import run as train_separator
 from tests.test_training import Killed, run

@@ -77,7 +77,7 @@ def project(tmp_path_factory):
         params = params.replace(old, new)  # several parts in a stage, hence several workers
     (directory / "params.yaml").write_text(params)
     assert dvc(directory, "init", "--no-scm", "-q").returncode == 0
-    result = module(directory, "pipeline.repro", "--jobs", "2")
+    result = module(directory, "pipeline.experiments.repro", "--jobs", "2")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return directory
 
@@ -105,7 +105,7 @@ def test_the_graph_runs_and_its_report_is_whole(project):
         assert f"mixit.{name}.stem_si_snri" in metrics
     assert metrics["mixit.performer_anchors.pairs_sdri_class_median_mean"] > -30
     assert "Unsupervised separators" in page
-    gate = subprocess.run([sys.executable, "-m", "pipeline.gate"], cwd=project, capture_output=True, text=True)
+    gate = subprocess.run([sys.executable, "-m", "pipeline", "gate"], cwd=project, capture_output=True, text=True)
     assert gate.returncode == 0, gate.stdout
 
 

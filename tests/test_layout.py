@@ -14,51 +14,25 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from pipeline.experiments import graph
+
 ROOT = Path(__file__).parent.parent
 
 # A module imports only from rows above its own, and from its own folder.
 LAYERS = [
-    {"runtime", "linear"},
-    {"config", "audio", "devices", "features", "favor", "mask_metrics", "mining", "ontology", "statistics", "weights"}
-    | {"dvc_internals"},
-    {"panns", "shards", "parts", "stem_mp4", "fbank", "mixing", "losses", "metrics", "training", "datasets"},
-    {"upstreams", "music", "anchors"},
-    {"sampling", "separators", "probing", "cost", "reporting"},
-    {"pretraining", "moms", "mixit_scores", "portable"},
-    {"mixit", "separate"},
-    {"stages", "gate", "ablations", "unpack", "repro", "__main__"},
-    {"check", "seeds"},
+    {"core"},
+    {"audio", "nn"},
+    {"datasets"},
+    {"upstreams", "mixtures"},
+    {"separators"},
+    {"evaluation"},
+    {"training"},
+    {"reporting", "separate"},
+    {"stages"},
+    {"experiments", "__main__"},
 ]
-OF_SOME_SEPARATORS = {"pipeline/favor.py", "pipeline/features.py", "pipeline/linear.py"}
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
-
-
-def source(module: str) -> Path:
-    path = ROOT / Path(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def imports(module: str) -> set[str]:
-    """The pipeline modules that `module` imports, anywhere in it, its packages included."""
-    found = set()
-    for node in ast.walk(ast.parse(source(module).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{module}: write absolute imports"
-            dotted = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if source(name).exists() else node.module for name in dotted}
-    parents = {name.rpartition(".")[0] for name in found | {module} if name.count(".") > 1}
-    return {name for name in found | parents if name.startswith("pipeline.")} - {module}
-
-
-def closure(modules: set[str]) -> set[str]:
-    todo, seen = set(modules), set()
-    while todo:
-        seen.add(module := todo.pop())
-        todo |= imports(module) - seen
-    return seen
 
 
 def layer(module: str) -> int:
@@ -74,7 +48,7 @@ MODULES = [
 @pytest.mark.parametrize("module", [m for m in MODULES if m.count(".")])
 def test_module_imports_only_from_lower_layers(module):
     package = ".".join(module.split(".")[:2])
-    for name in imports(module):
+    for name in graph.imports(module, ROOT):
         assert layer(name) < layer(module) or (name.startswith(package) and not name.startswith("pipeline.stages.")), (
             f"{module} imports {name}"
         )
@@ -90,18 +64,18 @@ def declared(stage) -> set[str]:
     return files
 
 
-@pytest.mark.parametrize("name", sorted(set(STAGES) - {"check"}))  # which reads the params of all of it
-def test_stage_depends_on_exactly_the_code_it_runs(name):
+def test_dvc_yaml_lists_the_code_and_the_params_of_every_stage():
     """DVC does not follow imports (treeverse/dvc#9195), so a forgotten one would leave stale outputs."""
-    entry = STAGES[name].cmd.split()[2]
-    files = declared(STAGES[name])
-    # Files imported by name, like separators/resunet.py, cannot be seen in the source: take them as declared.
-    plugins = {f.removesuffix(".py").replace("/", ".") for f in files if f.count("/") >= 2 and "__init__" not in f}
-    expected = {source(m).relative_to(ROOT).as_posix() for m in closure({entry} | plugins)}
-    # One group of stages has separators that need these, and others that do not: they wait for them too.
-    expected |= files & OF_SOME_SEPARATORS
-    packages = {p for p in expected | files if p.endswith("__init__.py") and not (ROOT / p).read_text().strip()}
-    assert files - packages == expected - packages
+    text = (ROOT / "dvc.yaml").read_text()
+    assert graph.corrected(text, ROOT) == text, "python -m pipeline graph --write"
+
+
+@pytest.mark.parametrize("line", ["pipeline/core/weights.py", "sed", "make_eval_pairs", "pipeline/stages/scan.py"])
+def test_a_line_that_is_missing_in_dvc_yaml_is_put_back(line):
+    text = (ROOT / "dvc.yaml").read_text()
+    without = re.sub(rf"\n *- {line}\n", "\n", text, count=1)
+    assert without != text
+    assert sorted(graph.corrected(without, ROOT).splitlines()) == sorted(text.splitlines())
 
 
 def test_the_last_report_outlives_one_that_fails():
@@ -111,8 +85,8 @@ def test_the_last_report_outlives_one_that_fails():
 
 def test_a_stage_whose_code_reads_the_ontology_depends_on_its_tables():
     for name, stage in STAGES.items():
-        if "pipeline/ontology.py" in declared(stage):
-            assert {"pipeline/assets", "pipeline"} & set(map(str, stage.deps)), name
+        if "pipeline/core/ontology.py" in declared(stage):
+            assert {"pipeline/core/assets", "pipeline"} & set(map(str, stage.deps)), name
 
 
 def keys(node, above=()) -> set[tuple[str, ...]]:
@@ -132,7 +106,7 @@ def test_every_profile_has_the_keys_of_the_embedded_default(profile):
 
 
 def assert_fits_every_stage(profile: Path) -> None:
-    from pipeline.check import check_gates, check_params
+    from pipeline.experiments.check import check_gates, check_params
 
     check_gates(check_params(profile))
 
@@ -227,3 +201,20 @@ def test_every_docstring_can_be_read_alone():
                 ):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {' '.join(words[:8])}")
     assert found == []
+
+
+def test_the_root_of_the_package_holds_packages_alone():
+    files = {path.name for path in (ROOT / "pipeline").glob("*.py")}
+    assert files == {"__init__.py", "__main__.py"}
+
+
+def test_modules_are_found_under_the_names_they_had_before_the_packages():
+    code = (
+        "import pipeline.config, pipeline.core.config as new; from pipeline import moms; from pipeline.music import scan;"
+        "assert pipeline.config is new and new.__spec__.name == 'pipeline.core.config'; print(moms.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "pipeline.mixtures.moms\n"), done.stderr
+    done = subprocess.run([sys.executable, "-m", "pipeline.gate", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "metrics.json" in done.stdout

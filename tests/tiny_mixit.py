@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.mixit import Entry, EntryParams, MixitParams, MusicParams, PretrainPerformerParams
 from pipeline.stages.index_music import index_music
+from pipeline.training.mixit import Entry, EntryParams, MixitParams, MusicParams, PretrainPerformerParams
 from tests.corpora import write_songs
 
 RATE = 8000

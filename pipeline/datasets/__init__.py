@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline import ontology
+from pipeline.core import ontology
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _TAKE = re.compile(r"[1-5]-(\d+)-[A-Z](?:-\d+)?", re.ASCII)
 _SEGMENT = re.compile(r"([A-Za-z0-9_-]{11})_\d+", re.ASCII)
 
 # What soundfile, or ffmpeg where it is installed, can open: the suffix, and how such a file begins. Every reader and
-# pipeline/unpack.py go by this table. Of two files of one sound the first in this order is taken.
+# pipeline/datasets/_unpack.py go by this table. Of two files of one sound the first in this order is taken.
 _AUDIO_KINDS = {
     ".wav": rb"(RIFF|RIFX|RF64|BW64).{4}WAVE",
     ".w64": rb"riff\x2e\x91\xcf\x11",
@@ -110,7 +110,7 @@ def recording_of(name: str) -> str:
 
 def load(source: str) -> ModuleType:
     """The dataset of this name. ValueError with the known ones for another."""
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     if source not in known:
         raise ValueError(f"no dataset {source!r}; there are {known}")
     return importlib.import_module(f"{__name__}.{source}")

@@ -36,10 +36,10 @@ import soundfile
 from jaxtyping import Float, Float64
 from pydantic import Field
 
-from pipeline import ontology
-from pipeline.config import Params
+from pipeline.core import ontology
+from pipeline.core.config import Params
+from pipeline.core.runtime import cpu_count, write_atomic, write_json
 from pipeline.datasets import Clip, load
-from pipeline.runtime import cpu_count, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

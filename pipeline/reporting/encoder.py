@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from pipeline.core.runtime import read_json
 from pipeline.reporting.charts import RANGE_DB, spectrogram_images
 from pipeline.reporting.sounds import data_uri
 from pipeline.reporting.tables import db, interval
-from pipeline.runtime import read_json
 
 # Of the normalised filter bank (fbank.py): a unit of it in dB. Told here again, for the report loads no torch.
 DB_PER_UNIT = 2 * 4.5689974 * 10 / float(np.log(10))
@@ -150,7 +150,7 @@ def as_it_stands(metrics: Mapping[str, int | float]) -> dict[str, str]:
 
 
 def ablations(path: Path, metrics: Mapping[str, int | float]) -> list[dict[str, str]]:
-    """The rows of ablations.csv as text, as `pipeline.ablations` writes it; none where there is none for this run.
+    """The rows of ablations.csv as text, as experiments.ablations writes it; none where there is none for this run.
 
     A table whose first line is not what `metrics` say belongs to another run, of another profile or of other code.
     ValueError names the columns that an older one, or an empty file, lacks.

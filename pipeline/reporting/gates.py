@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline.config import Params
+from pipeline.core.config import Params
 
 
 class Bound(Params):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from pipeline.runtime import read_json
+from pipeline.core.runtime import read_json
 
 SPLITS = ("train", "eval")
 STAGES = (

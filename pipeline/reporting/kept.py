@@ -13,9 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core.runtime import write_atomic
 from pipeline.reporting.scores import KEYS
 from pipeline.reporting.tables import AVERAGE
-from pipeline.runtime import write_atomic
 
 SCORES, PARAMS = "scores.parquet", "params.yaml"
 _EQUIVALENT = b"equivalent"
@@ -57,7 +57,9 @@ def read_kept(folder: Path) -> tuple[dict[int, dict[str, pd.DataFrame]], list[tu
     arrow = pq.read_table(folder / SCORES)
     metadata = arrow.schema.metadata or {}
     if _EQUIVALENT not in metadata or not {"seed", "model", "pair"} <= set(arrow.column_names):
-        raise ValueError(f"{folder / SCORES} is not the scores of a table over seeds: pipeline.seeds writes those")
+        raise ValueError(
+            f"{folder / SCORES} is not the scores of a table over seeds: `python -m pipeline seeds` writes those"
+        )
     equivalent = [(a, b) for a, b in json.loads(metadata[_EQUIVALENT])]
     table = arrow.to_pandas()
     table = table.astype(dict.fromkeys(table.select_dtypes("float32").columns, "float64")).assign(query=AVERAGE)

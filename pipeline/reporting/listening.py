@@ -12,9 +12,9 @@ import soundfile
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from pipeline.core.runtime import read_json
 from pipeline.reporting import charts, page, tables
 from pipeline.reporting.scores import QUERIES
-from pipeline.runtime import read_json
 
 Waveform = Float[np.ndarray, " time"]
 

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import soundfile
 
+from pipeline.core.runtime import read_json
 from pipeline.reporting import charts, page, tables
 from pipeline.reporting.published import figures
 from pipeline.reporting.scores import NAME
 from pipeline.reporting.tables import DASH
-from pipeline.runtime import read_json
 
 OUT_OF_MEMORY = "out of memory"
 NOT_RUN = "(not run here)"

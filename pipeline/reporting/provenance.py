@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.runtime import sha256_file
+from pipeline.core.runtime import sha256_file
 
 LIBRARIES = ("torch", "numpy", "scipy", "soundfile", "soxr", "fast-bss-eval", "dvc")
 # What a run itself rewrites does not make its code dirty.

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 from ruamel.yaml import YAML
 
-from pipeline.anchors import AnchorIndex, AnchorReader
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
 from pipeline.reporting.tables import AVERAGE, Row, db, markdown_table
 
 MET, NOT_MET, ABSENT = "met", "not met", "not in this data"

@@ -65,7 +65,7 @@ SHARES = {
 ONE_TRAINING = (
     "One training each is no verdict: the intervals are over recordings. Another seed moves a difference by more, and "
     "so does the same seed on another kind of processor, whose sums differ in their last bits. "
-    "python -m pipeline.seeds gives intervals over trainings."
+    "python -m pipeline seeds gives intervals over trainings."
 )
 
 

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline import panns, separators
-from pipeline.devices import choose_device
-from pipeline.features import SAMPLE_RATE
-from pipeline.portable import DETECTOR, ENCODER, QUERIES, felt_seconds
+from pipeline import separators
+from pipeline.core.devices import choose_device
+from pipeline.core.weights import read_safetensors
+from pipeline.nn import panns
+from pipeline.nn.features import SAMPLE_RATE
 from pipeline.separate.stream import Blocks, Stream
 from pipeline.separate.targets import SoundClass, Unusable, find_class
-from pipeline.weights import read_safetensors
+from pipeline.training.portable import DETECTOR, ENCODER, QUERIES, felt_seconds
 
 CORE_SECONDS, FADE_SECONDS = 16.0, 0.1
 MAX_BATCH = 4  # targets separated at once: more take more memory, and on a CPU no less time

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.devices import exact_float32
-from pipeline.features import SAMPLE_RATE, istft, stft
+from pipeline.core.devices import exact_float32
+from pipeline.nn.features import SAMPLE_RATE, istft, stft
 
 CANCELLED = 0.05  # share of the loudest channel's power below which a down-mix is taken for cancelled
 RATIO_N_FFT, RATIO_HOP = 2048, 512  # of the mask that carries a mono estimate over to the channels

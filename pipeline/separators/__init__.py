@@ -22,10 +22,10 @@ from jaxtyping import Float
 from pydantic import create_model
 from torch import Tensor, nn
 
-from pipeline.config import Params
-from pipeline.losses import separation_loss
-from pipeline.runtime import read_json
-from pipeline.weights import read_safetensors
+from pipeline.core.config import Params
+from pipeline.core.runtime import read_json
+from pipeline.core.weights import read_safetensors
+from pipeline.nn.losses import separation_loss
 
 T = TypeVar("T", bound=nn.Module)
 

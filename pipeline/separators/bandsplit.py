@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from pipeline.features import istft, stft
+from pipeline.nn.features import istft, stft
 from pipeline.separators import QuerySeparator
 
 BAND_GROUPS = (1, 2, 5, 8)  # widths of the four quarters of the bands, in units; the half without Nyquist is their sum

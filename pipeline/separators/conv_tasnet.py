@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchaudio.models import ConvTasNet
 
-from pipeline.losses import mixture_consistency
+from pipeline.nn.losses import mixture_consistency
 from pipeline.separators import BlindSeparator
 
 # torchaudio pads its dilated convolutions as only this kernel needs.

@@ -19,7 +19,7 @@ from jaxtyping import Complex, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from pipeline.config import Params
+from pipeline.core.config import Params
 from pipeline.separators import Batch, fusions, resunet
 from pipeline.separators.fusions import Features, Sizes
 from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Repeat, Upstream, build, combine, names

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.favor import PerformerEncoder
-from pipeline.features import istft, magnitude, pad_to, stft
-from pipeline.linear import Linear
-from pipeline.losses import mixture_consistency
+from pipeline.nn.favor import PerformerEncoder
+from pipeline.nn.features import istft, magnitude, pad_to, stft
+from pipeline.nn.linear import Linear
+from pipeline.nn.losses import mixture_consistency
 from pipeline.separators import BlindSeparator
 
 LOG_GAIN = 100.0  # of the magnitude inside log1p, for waveforms in [-1, 1]

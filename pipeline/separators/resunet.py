@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from pipeline.features import istft, magnitude, pad_to, stft
+from pipeline.core.weights import read_tensors
+from pipeline.nn.features import istft, magnitude, pad_to, stft
 from pipeline.separators import QuerySeparator
-from pipeline.weights import read_tensors
 
 NEGATIVE_SLOPE = 0.01
 # Of each encoder, and in reverse of each decoder: (frames, bins). The deepest one keeps the frames.

@@ -30,14 +30,11 @@ from scipy.io import wavfile
 from torch import Tensor
 
 from pipeline import separators
-from pipeline.anchors import AnchorIndex, AnchorReader
-from pipeline.config import Params, load_params
-from pipeline.devices import choose_device, exact_float32
-from pipeline.metrics import bss_eval, sdr, si_sdr
-from pipeline.mixing import Normalize, PairsParams, mix
-from pipeline.ontology import class_of
-from pipeline.parts import run_parts
-from pipeline.runtime import (
+from pipeline.core.config import Params, load_params
+from pipeline.core.devices import choose_device, exact_float32
+from pipeline.core.ontology import class_of
+from pipeline.core.parts import run_parts
+from pipeline.core.runtime import (
     fingerprint,
     keep_freed_memory,
     link_or_copy,
@@ -49,6 +46,9 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
+from pipeline.evaluation.metrics import bss_eval, sdr, si_sdr
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
+from pipeline.mixtures.mixing import Normalize, PairsParams, mix
 from pipeline.separators import QuerySeparator
 
 log = logging.getLogger(__name__)

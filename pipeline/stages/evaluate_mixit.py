@@ -27,16 +27,10 @@ from pydantic import Field
 from scipy.io import wavfile
 from torch import Tensor
 
-from pipeline import mixit
-from pipeline.anchors import AnchorIndex, AnchorReader
-from pipeline.config import Params, load_params
-from pipeline.devices import blame_neighbours, choose_device, exact_float32, is_out_of_memory, use_available_cores
-from pipeline.mixing import Normalize, PairsParams, mix
-from pipeline.mixit import MixitParams, anchor_streams, music_streams, read_config, seed_of
-from pipeline.mixit_scores import classes_with_interval, mean_with_interval, mom_scores, pair_scores, stem_scores
-from pipeline.music import MomBatch, MusicParams, index_file
-from pipeline.parts import run_parts
-from pipeline.runtime import (
+from pipeline.core.config import Params, load_params
+from pipeline.core.devices import blame_neighbours, choose_device, exact_float32, is_out_of_memory, use_available_cores
+from pipeline.core.parts import run_parts
+from pipeline.core.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
@@ -46,7 +40,19 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
+from pipeline.evaluation.mixit_scores import (
+    classes_with_interval,
+    mean_with_interval,
+    mom_scores,
+    pair_scores,
+    stem_scores,
+)
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
+from pipeline.mixtures.mixing import Normalize, PairsParams, mix
+from pipeline.mixtures.tracks import MomBatch, MusicParams, index_file
 from pipeline.separators import BlindSeparator, load_blind
+from pipeline.training import mixit
+from pipeline.training.mixit import MixitParams, anchor_streams, music_streams, read_config, seed_of
 
 log = logging.getLogger(__name__)
 

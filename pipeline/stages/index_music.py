@@ -16,10 +16,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import load_params
+from pipeline.core.config import load_params
+from pipeline.core.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
 from pipeline.datasets.music import load, tracks_of
-from pipeline.music import MusicParams, index_file, segments
-from pipeline.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
+from pipeline.mixtures.tracks import MusicParams, index_file, segments
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,21 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from pydantic import Field
 
-from pipeline.anchors import AnchorIndex
-from pipeline.config import Params, load_params
-from pipeline.mixing import SILENT_ENERGY, PairsParams, energy_gain, level_ratio
-from pipeline.ontology import class_of, classes, kin
-from pipeline.runtime import fingerprint, publish, remove, run_command, running, scratch_dir, write_atomic, write_json
-from pipeline.sampling import Draw, Exclude, PairStream
+from pipeline.core.config import Params, load_params
+from pipeline.core.ontology import class_of, classes, kin
+from pipeline.core.runtime import (
+    fingerprint,
+    publish,
+    remove,
+    run_command,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
+from pipeline.mixtures.anchors import AnchorIndex
+from pipeline.mixtures.mixing import SILENT_ENERGY, PairsParams, energy_gain, level_ratio
+from pipeline.mixtures.pairs import Draw, Exclude, PairStream
 
 log = logging.getLogger(__name__)
 

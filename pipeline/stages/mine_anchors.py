@@ -25,15 +25,11 @@ import torch
 from jaxtyping import Float32, Int16
 from pydantic import Field
 
-from pipeline import panns, shards
-from pipeline.anchors import anchor_key, write_index
-from pipeline.config import AudioParams, Params, load_params
-from pipeline.devices import choose_device
-from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
-from pipeline.mining import Window, best_start, random_start, window
-from pipeline.ontology import class_of, classes, kin
-from pipeline.parts import run_parts
-from pipeline.runtime import (
+from pipeline.core.config import AudioParams, Params, load_params
+from pipeline.core.devices import choose_device
+from pipeline.core.ontology import class_of, classes, kin
+from pipeline.core.parts import run_parts
+from pipeline.core.runtime import (
     fingerprint,
     link_or_copy,
     publish,
@@ -45,7 +41,12 @@ from pipeline.runtime import (
     sha256_file,
     write_json,
 )
-from pipeline.shards import ClipEntry, ClipReader, ShardReader
+from pipeline.mixtures import shards
+from pipeline.mixtures.anchors import anchor_key, write_index
+from pipeline.mixtures.mining import Window, best_start, random_start, window
+from pipeline.mixtures.shards import ClipEntry, ClipReader, ShardReader
+from pipeline.nn import panns
+from pipeline.nn.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
 
 log = logging.getLogger(__name__)
 

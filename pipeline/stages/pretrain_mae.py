@@ -15,19 +15,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.config import AudioParams, load_params
-from pipeline.devices import choose_device, go_on_alike, use_available_cores, use_precision
-from pipeline.pretraining import (
-    FilterBanks,
-    PretrainParams,
-    mean_patch,
-    reconstruction_loss,
-    reconstructions,
-    train,
-    untrained,
-)
-from pipeline.probing import described, difference, probe_upstreams
-from pipeline.runtime import (
+from pipeline.core.config import AudioParams, load_params
+from pipeline.core.devices import choose_device, go_on_alike, use_available_cores, use_precision
+from pipeline.core.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
@@ -37,8 +27,18 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.shards import ClipReader
-from pipeline.training import write_curve
+from pipeline.evaluation.probing import described, difference, probe_upstreams
+from pipeline.mixtures.shards import ClipReader
+from pipeline.training.loop import write_curve
+from pipeline.training.mae import (
+    FilterBanks,
+    PretrainParams,
+    mean_patch,
+    reconstruction_loss,
+    reconstructions,
+    train,
+    untrained,
+)
 from pipeline.upstreams import check_sample_rate
 from pipeline.upstreams.mae import MAX_FRAMES, MaskedAutoencoder, Upstream, encoder_sizes, encoder_state, read_published
 

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline import mixit
-from pipeline.config import load_params
-from pipeline.devices import (
+from pipeline.core.config import load_params
+from pipeline.core.devices import (
     autocast,
     blame_neighbours,
     choose_device,
@@ -32,9 +31,7 @@ from pipeline.devices import (
     use_available_cores,
     use_precision,
 )
-from pipeline.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
-from pipeline.music import MusicParams, index_file
-from pipeline.runtime import (
+from pipeline.core.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
@@ -45,9 +42,12 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
+from pipeline.mixtures.tracks import MusicParams, index_file
 from pipeline.separators import build_blind, model_params
 from pipeline.separators.performer import Pretrainer
-from pipeline.training import Validation, fit, write_curve
+from pipeline.training import mixit
+from pipeline.training.loop import Validation, fit, write_curve
+from pipeline.training.mixit import PretrainPerformerParams, Streams, music_streams, seed_of
 
 log = logging.getLogger(__name__)
 

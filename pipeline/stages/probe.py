@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline import separators, upstreams
-from pipeline.config import AudioParams, load_params
-from pipeline.devices import choose_device, use_available_cores, use_precision
-from pipeline.probing import ProbeParams, described, difference, probe_upstreams
-from pipeline.runtime import read_json, run_command, running, write_json
-from pipeline.shards import ClipReader
+from pipeline.core.config import AudioParams, load_params
+from pipeline.core.devices import choose_device, use_available_cores, use_precision
+from pipeline.core.runtime import read_json, run_command, running, write_json
+from pipeline.evaluation.probing import ProbeParams, described, difference, probe_upstreams
+from pipeline.mixtures.shards import ClipReader
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 from pydantic import ConfigDict, Field
 
-from pipeline import ontology
-from pipeline.config import Params, load_params
+from pipeline.core import ontology
+from pipeline.core.config import Params, load_params
+from pipeline.core.runtime import as_json, run_command, running, write_together
+from pipeline.evaluation.bootstrap import per_class_csv, summarise
 from pipeline.reporting import charts, encoder, listening, music, page, published, sounds, tables
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates
 from pipeline.reporting.headline import headline, shares
@@ -35,8 +37,6 @@ from pipeline.reporting.inputs import (
 )
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
-from pipeline.reporting.statistics import per_class_csv, summarise
-from pipeline.runtime import as_json, run_command, running, write_together
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Places:
     pretrained: Path
     summaries: Path
     timings: Path
-    ablations: Path  # the table that `pipeline.ablations` keeps; it need not be there
+    ablations: Path  # the table that `pipeline.experiments.ablations` keeps; it need not be there
     params: Path
     root: Path  # of the checkout
     mixit_scores: Path  # of the separators without queries; it need not be there
@@ -291,7 +291,7 @@ def _rerun(found: dict[str, Any]) -> str:
         lines.append(f"cp {params['profile']} params.yaml")
     elif "params.yaml" in code["changed_files"]:
         lines.append(f"# params.yaml had changes of its own: sha256 {params['sha256']}")
-    return "\n".join([*lines, f"{one}make repro", "python -m pipeline.gate"])
+    return "\n".join([*lines, f"{one}make repro", "python -m pipeline gate"])
 
 
 def _training_notes(settings: Settings, models: Sequence[str], trained: Sequence[str]) -> dict[str, str]:

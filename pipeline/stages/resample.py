@@ -34,9 +34,9 @@ from pydantic import Field
 
 from pipeline.audio import ffmpeg, is_below, level_db, locate, read_segment, resample, to_int16
 from pipeline.audio.badclip import BadClip, Reason
-from pipeline.config import AudioParams, DataParams, Params, load_params
-from pipeline.parts import run_parts
-from pipeline.runtime import (
+from pipeline.core.config import AudioParams, DataParams, Params, load_params
+from pipeline.core.parts import run_parts
+from pipeline.core.runtime import (
     fingerprint,
     link_or_copy,
     outside,
@@ -47,7 +47,7 @@ from pipeline.runtime import (
     scratch_dir,
     write_json,
 )
-from pipeline.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
+from pipeline.mixtures.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline import ontology
-from pipeline.config import DataParams, load_params
+from pipeline.core import ontology
+from pipeline.core.config import DataParams, load_params
+from pipeline.core.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
 from pipeline.datasets import Clip, load
-from pipeline.runtime import outside, publish, remove, run_command, running, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

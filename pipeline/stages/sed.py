@@ -31,17 +31,17 @@ from pydantic import Field, field_validator
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from pipeline import panns
-from pipeline.config import AudioParams, Params, load_params
-from pipeline.devices import choose_device, go_on_alike, use_available_cores, use_precision
-from pipeline.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
-from pipeline.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
-from pipeline.ontology import class_of, classes
-from pipeline.panns import Detector, SmallCnn
-from pipeline.runtime import fingerprint, keep_freed_memory, publish, run_command, running, scratch_dir, write_json
-from pipeline.shards import ClipEntry, ClipReader
-from pipeline.training import build_optimizer, fit, learning_rate_factor, rows_on_disk, write_curve
-from pipeline.weights import read_tensors
+from pipeline.core.config import AudioParams, Params, load_params
+from pipeline.core.devices import choose_device, go_on_alike, use_available_cores, use_precision
+from pipeline.core.ontology import class_of, classes
+from pipeline.core.runtime import fingerprint, keep_freed_memory, publish, run_command, running, scratch_dir, write_json
+from pipeline.core.weights import read_tensors
+from pipeline.mixtures.shards import ClipEntry, ClipReader
+from pipeline.nn import panns
+from pipeline.nn.features import MEL_FLOOR, MEL_HOP_LENGTH, N_MELS
+from pipeline.nn.features import SAMPLE_RATE as NETWORK_SAMPLE_RATE
+from pipeline.nn.panns import Detector, SmallCnn
+from pipeline.training.loop import build_optimizer, fit, learning_rate_factor, rows_on_disk, write_curve
 
 log = logging.getLogger(__name__)
 

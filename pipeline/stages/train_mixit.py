@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline import mixit
-from pipeline.config import load_params
-from pipeline.devices import (
+from pipeline.core.config import load_params
+from pipeline.core.devices import (
     blame_neighbours,
     choose_device,
     go_on_alike,
@@ -31,12 +30,22 @@ from pipeline.devices import (
     use_available_cores,
     use_precision,
 )
-from pipeline.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
-from pipeline.music import MomBatch, MusicParams
-from pipeline.runtime import fingerprint, publish, remove, run_command, running, scratch_dir, write_atomic, write_json
+from pipeline.core.runtime import (
+    fingerprint,
+    publish,
+    remove,
+    run_command,
+    running,
+    scratch_dir,
+    write_atomic,
+    write_json,
+)
+from pipeline.core.weights import read_safetensors
+from pipeline.mixtures.tracks import MomBatch, MusicParams
 from pipeline.separators import build_blind
-from pipeline.training import Fitted, Validation, fit, write_curve
-from pipeline.weights import read_safetensors
+from pipeline.training import mixit
+from pipeline.training.loop import Fitted, Validation, fit, write_curve
+from pipeline.training.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
 
 log = logging.getLogger(__name__)
 

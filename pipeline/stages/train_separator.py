@@ -31,15 +31,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline import upstreams
-from pipeline.anchors import AnchorIndex, AnchorReader
-from pipeline.config import Params, load_params
-from pipeline.cost import cost
-from pipeline.devices import Precision, autocast, choose_device, go_on_alike, use_available_cores, use_precision
-from pipeline.losses import SEPARATION
-from pipeline.mixing import PairsParams, energy, energy_gain, equalise, mix
-from pipeline.ontology import kin
-from pipeline.portable import equip
-from pipeline.runtime import (
+from pipeline.core.config import Params, load_params
+from pipeline.core.devices import Precision, autocast, choose_device, go_on_alike, use_available_cores, use_precision
+from pipeline.core.ontology import kin
+from pipeline.core.runtime import (
     fingerprint,
     keep_freed_memory,
     publish,
@@ -50,9 +45,14 @@ from pipeline.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.sampling import PairStream
+from pipeline.evaluation.cost import cost
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
+from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, equalise, mix
+from pipeline.mixtures.pairs import PairStream
+from pipeline.nn.losses import SEPARATION
 from pipeline.separators import Batch, QuerySeparator, build, model_params, read_published
-from pipeline.training import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
+from pipeline.training.loop import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
+from pipeline.training.portable import equip
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from pipeline.config import Params, load_params
-from pipeline.runtime import run_command, running, write_json
+from pipeline.core.config import Params, load_params
+from pipeline.core.runtime import run_command, running, write_json
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.config import Params
+from pipeline.core.config import Params
 
 SAMPLE_RATE = 32000  # Hz, of what every upstream is given
 FRAME_RATE = 100  # Hz, of the STFT that features are aligned with

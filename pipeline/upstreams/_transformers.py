@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.config import Params
-from pipeline.fbank import SAMPLE_RATE as RATE_16K
-from pipeline.fbank import to_16k
-from pipeline.runtime import outside, read_json
-from pipeline.weights import read_tensors
+from pipeline.core.config import Params
+from pipeline.core.runtime import outside, read_json
+from pipeline.core.weights import read_tensors
+from pipeline.nn.fbank import SAMPLE_RATE as RATE_16K
+from pipeline.nn.fbank import to_16k
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 # What heads and training leave in published files, and the vector that only masking uses.

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.config import Params
-from pipeline.devices import exact_float32
-from pipeline.fbank import to_16k
-from pipeline.weights import read_tensors
+from pipeline.core.config import Params
+from pipeline.core.devices import exact_float32
+from pipeline.core.weights import read_tensors
+from pipeline.nn.fbank import to_16k
 
 WINDOW_SAMPLES = 4 * 160  # one step
 

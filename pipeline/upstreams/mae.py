@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import upstreams
-from pipeline.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k, whole_frames
-from pipeline.linear import Linear
-from pipeline.runtime import read_json
-from pipeline.weights import read_safetensors, read_tensors
+from pipeline.core.runtime import read_json
+from pipeline.core.weights import read_safetensors, read_tensors
+from pipeline.nn.fbank import HOP_SAMPLES, N_MELS, PADDING, WINDOW_SAMPLES, fbank, normalise, to_16k, whole_frames
+from pipeline.nn.linear import Linear
 
 PATCH = 16  # frames, and mels
 BANDS = N_MELS // PATCH

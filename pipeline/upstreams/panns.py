@@ -13,9 +13,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import panns, upstreams
-from pipeline.config import Params
-from pipeline.runtime import outside
+from pipeline import upstreams
+from pipeline.core.config import Params
+from pipeline.core.runtime import outside
+from pipeline.nn import panns
 
 
 class Options(Params):

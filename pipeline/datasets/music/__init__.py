@@ -96,7 +96,7 @@ class Track:
 
 def load(source: str) -> ModuleType:
     """The source of this name. ValueError with the known ones for another."""
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     if source not in known:
         raise ValueError(f"music.source: no source {source!r}; there are {known}")
     return importlib.import_module(f"{__name__}.{source}")

@@ -30,9 +30,9 @@ from jaxtyping import Bool, Float, Float32, Float64
 from pydantic import Field
 
 from pipeline.audio import to_int16
-from pipeline.config import Params
+from pipeline.core.config import Params
+from pipeline.core.runtime import write_atomic, write_json
 from pipeline.datasets.music import Track, load
-from pipeline.runtime import write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Scores of estimates, masks and encoders, and their statistics."""

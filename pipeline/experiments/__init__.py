@@ -1,0 +1,1 @@
+"""What runs the graph: the check before it, its runner, training seeds, ablations, the gate."""

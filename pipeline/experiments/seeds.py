@@ -1,0 +1,523 @@
+"""Table I over training seeds: what another training would have given, beside what other clips would have.
+
+    python -m pipeline seeds --seeds 1 2             # run those that this commit has not, and collect all there are
+    python -m pipeline seeds --collect               # only write reports/seeds/seeds.json and .md
+    python -m pipeline seeds --runs runs/0 runs/1    # collect from folders named by their seed: <model>/scores.parquet
+    ... --equivalent upstream_random upstream_none   # and say whether two models agree within noise
+    python -m pipeline seeds --again reports/seeds   # make the table again from the scores that lie beside it
+
+Beside the table lie the scores that it is made of and the params of their runs: scores.parquet and params.yaml.
+
+Each seed is an experiment, seed-N, with `train.seed` alone changed: the separators are trained anew, while detector,
+encoders and evaluation pairs stay. The workspace's own scores are the run of params.yaml's seed.
+
+A run's number is the mean over classes of the per-class median or mean (average query); a model's is the mean over its
+runs. The 95 % interval is that of a hierarchical bootstrap, the classes held fixed:
+
+  clips    within each class the target clips are drawn with replacement, as in reporting/statistics.py. All runs
+           share the evaluation pairs, so all models and all seeds share each draw
+  seeds    are drawn with replacement, for both sides of a difference at once: the runs of one seed see the same batches
+
+The mean of S seeds drawn from S varies by (S-1)/S of what it should (their own mean is taken for the true one), so each
+seed's deviation from the mean over seeds is scaled by sqrt(S/(S-1)). That mends the variance, not the ends: few seeds
+have no tails. Where seeds are all that varies and are normal, the interval holds the truth in `COVERAGE` of cases; the
+larger the share of the clips, the closer to 95 %. With one seed it is over clips only, and labelled so.
+
+A model that lacks a seed is compared on the seeds it shares.
+"""
+
+import argparse
+import logging
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dvc.api  # type: ignore[import-untyped]
+import numpy as np
+import pandas as pd
+from dvc.exceptions import DvcException  # type: ignore[import-untyped]
+from jaxtyping import Float, Int
+from pydantic import ConfigDict, Field
+
+from pipeline.core.config import Params, load_params
+from pipeline.core.runtime import run_command, write_atomic, write_json
+from pipeline.evaluation.bootstrap import AGGREGATES, cluster_bootstrap, finite_mean, interval
+from pipeline.experiments.ablations import Ablation, check_same_but, finished, params_of, run
+from pipeline.reporting.encoder import BASELINE
+from pipeline.reporting.kept import PARAMS, keep, read_kept
+from pipeline.reporting.scores import TOLERANCE_DB, read_scores
+from pipeline.reporting.tables import AVERAGE, MINUS, db
+
+log = logging.getLogger(__name__)
+
+Runs = Mapping[int, Mapping[str, pd.DataFrame]]  # seed -> model -> its rows of the average query, sorted by pair
+
+SCHEMA = 1  # of seeds.json; raised when a key changes its meaning
+METRICS = ("sdri", "si_sdri")
+STATISTICS = {
+    "sdri_class_median_mean": "SDRi",
+    "sdri_class_mean_mean": "SDRi, mean of means",
+    "si_sdri_class_median_mean": "SI-SDRi",
+    "si_sdri_class_mean_mean": "SI-SDRi, mean of means",
+}
+HEADLINE = "sdri_class_median_mean"
+SAME = ["pair", "class_index", "mid", "target_clip", "interferer_class_index"]
+# Share of simulated intervals that hold the truth, by the number of seeds: normal seeds and no clips, 4000 repeats.
+COVERAGE = {2: 0.61, 3: 0.81, 4: 0.84, 5: 0.87, 10: 0.92}
+
+
+class SeedParams(Params):
+    """The one key of `train:` that this is about; the section is checked by the stage that trains."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    seed: int = Field(ge=0, lt=2**31)
+
+
+class BootstrapParams(Params):
+    """`report:` in params.yaml: the report's intervals and these are drawn alike."""
+
+    bootstrap_resamples: int = Field(gt=1)
+    bootstrap_seed: int = Field(ge=0, lt=2**31)
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number of one run: on the sample itself, and on each bootstrap resample of its clips."""
+
+    point: float
+    resampled: Float[np.ndarray, " resamples"]
+
+    def __sub__(self, other: "Curve") -> "Curve":
+        return Curve(self.point - other.point, self.resampled - other.resampled)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number over the seeds, dB; NaN where undefined, as is `sd` of a single seed."""
+
+    per_seed: dict[int, float]
+    mean: float
+    sd: float  # of the runs, n - 1
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The four numbers of one model, or of the difference of two, by the keys of STATISTICS."""
+
+    seeds: tuple[int, ...]
+    numbers: dict[str, Estimate]
+
+    @property
+    def covers(self) -> str:
+        """Sources of variation that the interval allows for."""
+        return "seeds and clips" if len(self.seeds) > 1 else "clips only" if self.seeds else "none"
+
+
+def over_seeds(curves: Mapping[int, Curve], *, seed: int) -> Estimate:
+    """Mean over the seeds, with the interval of a bootstrap of clips (drawn already) and of seeds.
+
+    The seeds' draws depend on `seed` and the number of seeds alone.
+    """
+    seeds = sorted(curves)
+    n = len(seeds)
+    points = np.array([curves[s].point for s in seeds])
+    resampled = np.stack([curves[s].resampled for s in seeds])  # (seeds, resamples)
+    centre = resampled.mean(axis=0)
+    drawn = centre
+    if n > 1:
+        # A stream of its own: those of the clips are [seed, class_index], and spawn_key is kept apart from them.
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n,)))
+        share = rng.multinomial(n, np.full(n, 1 / n), size=resampled.shape[1]) / n  # (resamples, seeds)
+        deviation = (resampled - centre).T * np.sqrt(n / (n - 1))
+        drawn = centre + (share * deviation).sum(axis=1)
+    low, high = interval(drawn)
+    sd = float(points.std(ddof=1)) if n > 1 else np.nan
+    per_seed = dict(zip(seeds, points.tolist(), strict=True))
+    return Estimate(per_seed, float(points.mean()), sd, float(low), float(high))
+
+
+class Comparison:
+    """Bootstrap of all runs on the same draws of clips; models and differences are then read off.
+
+    ValueError, naming run and model, where two runs were not scored on the same pairs.
+    """
+
+    def __init__(self, runs: Runs, *, n_resamples: int, seed: int) -> None:
+        check_same_pairs(runs)
+        self.n_resamples, self.seed = n_resamples, seed
+        self.seeds_of: dict[str, list[int]] = {}
+        for s in sorted(runs):
+            for model in runs[s]:
+                self.seeds_of.setdefault(model, []).append(s)
+        pairs = next(iter(next(iter(runs.values())).values()))
+        self.class_index: Int[np.ndarray, " pairs"] = pairs["class_index"].to_numpy(dtype=np.int64)
+        self.clip = np.unique(pairs["target_clip"].to_numpy(dtype=str), return_inverse=True)[1]
+        self._columns = {
+            metric: {(m, s): runs[s][m][metric].to_numpy(float) for m, seeds in self.seeds_of.items() for s in seeds}
+            for metric in METRICS
+        }
+        self._curves = {metric: self._bootstrap(columns) for metric, columns in self._columns.items()}
+
+    def model(self, model: str) -> Result:
+        """A model's own numbers, over all of its seeds."""
+        seeds = self.seeds_of[model]
+        numbers = {
+            f"{metric}_class_{kind}_mean": over_seeds(
+                {s: self._curves[metric][model, s][kind] for s in seeds}, seed=self.seed
+            )
+            for metric in METRICS
+            for kind in AGGREGATES
+        }
+        return Result(tuple(seeds), numbers)
+
+    def difference(self, a: str, b: str) -> Result:
+        """a minus b over the seeds they share, on the pairs that are defined for both; no numbers without a seed."""
+        seeds = [s for s in self.seeds_of[a] if s in self.seeds_of[b]]
+        numbers = {}
+        for metric in METRICS if seeds else ():
+            columns = {key: self._columns[metric][key] for s in seeds for key in ((a, s), (b, s))}
+            both = {s: ~(np.isnan(columns[a, s]) | np.isnan(columns[b, s])) for s in seeds}
+            curves: Mapping[tuple[str, int], Mapping[str, Curve]] = self._curves[metric]
+            if any(not np.array_equal(~np.isnan(values), both[s]) for (_, s), values in columns.items()):
+                curves = self._bootstrap({(m, s): np.where(both[s], x, np.nan) for (m, s), x in columns.items()})
+            # Both sides are defined in the same classes, so the difference of the means is the mean difference.
+            for kind in AGGREGATES:
+                paired = {s: curves[a, s][kind] - curves[b, s][kind] for s in seeds}
+                numbers[f"{metric}_class_{kind}_mean"] = over_seeds(paired, seed=self.seed)
+        return Result(tuple(seeds), numbers)
+
+    def _bootstrap(
+        self, columns: Mapping[tuple[str, int], Float[np.ndarray, " pairs"]]
+    ) -> dict[tuple[str, int], dict[str, Curve]]:
+        """Means over classes. Two calls draw the same clips: a class' stream depends on seed and class alone."""
+        found = cluster_bootstrap(
+            {f"{model}@{s}": values for (model, s), values in columns.items()},
+            self.class_index,
+            self.clip,
+            n_resamples=self.n_resamples,
+            seed=self.seed,
+        )
+        curves: dict[tuple[str, int], dict[str, Curve]] = {}
+        for model, s in columns:
+            classes = {kind: found[f"{model}@{s}", kind] for kind in AGGREGATES}
+            curves[model, s] = {
+                kind: Curve(float(finite_mean(x.point)), finite_mean(x.resampled)) for kind, x in classes.items()
+            }
+        return curves
+
+
+def check_same_pairs(runs: Runs) -> None:
+    """ValueError, naming the run and the model, unless all were scored on the same pairs and mixtures."""
+    tables = {f"{model} of seed {s}": table for s in sorted(runs) for model, table in runs[s].items()}
+    if not tables:
+        raise ValueError("there are no runs to compare")
+    (first, reference), *others = tables.items()
+    for name, table in others:
+        if difference := sorted(set(reference["pair"]) ^ set(table["pair"])):
+            raise ValueError(
+                f"{name} ({len(table)} pairs) and {first} ({len(reference)} pairs) differ in {len(difference)} pairs, "
+                f"the first of them {difference[0]}"
+            )
+        for column in SAME:
+            differs = table[column].to_numpy() != reference[column].to_numpy()
+            if differs.any():
+                at = int(np.argmax(differs))
+                raise ValueError(
+                    f"{name} and {first} were scored on different pairs: pair {table['pair'].iloc[at]} has {column} "
+                    f"{table[column].iloc[at]} and {reference[column].iloc[at]}"
+                )
+        ours, theirs = table["sdr_mixture"].to_numpy(float), reference["sdr_mixture"].to_numpy(float)
+        differs = ~np.isclose(ours, theirs, rtol=0, atol=TOLERANCE_DB, equal_nan=True)
+        if differs.any():
+            at = int(np.argmax(differs))
+            raise ValueError(
+                f"{name} and {first} were scored on different mixtures: the input SDR of pair "
+                f"{table['pair'].iloc[at]} is {ours[at]:.3f} and {theirs[at]:.3f} dB"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_run(scores: Path) -> dict[str, pd.DataFrame]:
+    """All models of one run, by name: scores/<model>/scores.parquet, the rows of the average query by pair."""
+    models = sorted(path.parent.name for path in scores.glob("[!.]*/scores.parquet"))
+    if not models:
+        raise ValueError(f"no <model>/scores.parquet in {scores}")
+    tables = {}
+    for model in models:
+        table = read_scores(scores, [model])
+        tables[model] = table[table["query"] == AVERAGE].reset_index(drop=True)
+        if tables[model].empty:
+            raise ValueError(f"{scores / model / 'scores.parquet'} has no rows of the {AVERAGE} query")
+    return tables
+
+
+def from_folders(folders: Sequence[Path]) -> dict[int, dict[str, pd.DataFrame]]:
+    """Runs from folders, each named by its seed."""
+    runs: dict[int, dict[str, pd.DataFrame]] = {}
+    for folder in folders:
+        if not re.fullmatch(r"[0-9]+", folder.name):
+            raise ValueError(f"{folder}: a run's folder is named by its seed, as in runs/0")
+        if int(folder.name) in runs:
+            raise ValueError(f"{folder}: seed {int(folder.name)} is given twice")
+        runs[int(folder.name)] = read_run(folder)
+    return runs
+
+
+def from_experiments(scores: Path) -> dict[int, dict[str, pd.DataFrame]]:
+    """The workspace's run, and those of the experiments seed-N of this commit: their scores out of DVC's cache.
+
+    ValueError where an experiment differs from the workspace in more than its seed.
+    """
+    own = load_params("train", SeedParams).seed
+    runs, workspace = {own: read_run(scores)}, params_of(None)
+    for name, reference in sorted(finished().items()):
+        if not re.fullmatch(r"seed-[0-9]+", name):
+            continue
+        seed = int(name.removeprefix("seed-"))
+        if seed == own:
+            log.info("%s: the workspace's own run stands for it", name)
+            continue
+        check_same_but(_training(seed), reference, workspace)
+        with tempfile.TemporaryDirectory() as folder:
+            _fetch(reference, name, scores, Path(folder))
+            runs[seed] = read_run(Path(folder))
+    return runs
+
+
+def _training(seed: int) -> Ablation:
+    return Ablation(f"seed-{seed}", (f"train.seed={seed}",), "another training")
+
+
+def _fetch(revision: str, name: str, scores: Path, folder: Path) -> None:
+    """Copy scores/<model>/scores.parquet of a revision to folder/<model>/, out of DVC's cache or its remote."""
+    try:
+        files = dvc.api.DVCFileSystem(rev=revision)
+        for directory in files.ls(scores.as_posix(), detail=False):
+            source = f"{directory}/scores.parquet"
+            if files.exists(source):
+                target = folder / Path(directory).name / "scores.parquet"
+                target.parent.mkdir()
+                files.get_file(source, str(target))
+    except (OSError, DvcException) as error:
+        raise ValueError(f"the scores of experiment {name} cannot be read from DVC's cache: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def summarise(
+    runs: Runs,
+    *,
+    n_resamples: int,
+    seed: int,
+    baseline: str = BASELINE,
+    equivalent: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """All of seeds.json: each model, each minus the baseline, and each pair of `equivalent`; null where undefined."""
+    comparison = Comparison(runs, n_resamples=n_resamples, seed=seed)
+    models = sorted(comparison.seeds_of, key=lambda model: (model != baseline, model))
+    for model in (baseline, *(name for pair in equivalent for name in pair)):
+        if model not in models:
+            raise ValueError(f"no run has scores of {model}; there are {', '.join(models)}")
+    pairs = []
+    for a, b in equivalent:
+        numbers = _numbers(comparison.difference(a, b))
+        for key in STATISTICS:
+            if (found := numbers.get(key)) and found["ci_lo"] is not None:
+                found["within_noise"] = found["ci_lo"] <= 0 <= found["ci_hi"]
+        pairs.append({"a": a, "b": b, **numbers})
+    return {
+        "schema": SCHEMA,
+        "query": AVERAGE,
+        "baseline": baseline,
+        "seeds": sorted(runs),
+        "bootstrap": {"resamples": n_resamples, "seed": seed},
+        "n_pairs": len(comparison.class_index),
+        "n_classes": len(np.unique(comparison.class_index)),
+        "n_clips": len(np.unique(comparison.clip)),
+        "models": [{"model": model, **_numbers(comparison.model(model))} for model in models],
+        "differences": [
+            {"a": model, "b": baseline, **_numbers(comparison.difference(model, baseline))} for model in models[1:]
+        ],
+        "equivalent": pairs,
+    }
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    return {"seeds": list(result.seeds), "interval_covers": result.covers} | {
+        key: {
+            "mean": _rounded(x.mean),
+            "sd": _rounded(x.sd),
+            "ci_lo": _rounded(x.low),
+            "ci_hi": _rounded(x.high),
+            "per_seed": {str(s): _rounded(value) for s, value in x.per_seed.items()},
+        }
+        for key, x in result.numbers.items()
+    }
+
+
+def _rounded(value: float) -> float | None:
+    """1e-6 dB is nothing, and the bytes stay when a sum is taken in another order. JSON has no NaN."""
+    return round(value, 6) + 0.0 if np.isfinite(value) else None
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """seeds.md: the table, the differences, what each seed gave, and which models agree."""
+    most = max((len(row["seeds"]) for row in summary["models"]), default=0)
+    lines = [
+        "# Table I over training seeds",
+        "",
+        f"{summary['query'].capitalize()} query, dB, mean over the seeds; {summary['n_pairs']:,} pairs of "
+        f"{summary['n_classes']} classes. SDRi and SI-SDRi are the mean over classes of the per-class median, but "
+        "where the column says otherwise. In brackets the 95 % interval of a bootstrap over what the column before it "
+        "names; ± is the standard deviation between seeds.",
+        "",
+        *_table(
+            ["model", "seeds", "interval over", *STATISTICS.values()],
+            [[row["model"], *_cells(row, signed=False)] for row in summary["models"]],
+        ),
+    ]
+    if summary["differences"]:
+        lines += ["", f"## Differences to {summary['baseline']}, paired by seed and pair", ""]
+        lines += _table(
+            ["", "shared seeds", "interval over", *STATISTICS.values()],
+            [[_minus(row), *_cells(row, signed=True)] for row in summary["differences"]],
+        )
+    if summary["equivalent"]:
+        lines += ["", "## Equivalence", ""]
+        lines += _table(
+            ["", "shared seeds", "interval over", *STATISTICS.values()],
+            [[_minus(row), *_cells(row, signed=True)] for row in summary["equivalent"]],
+        )
+        lines += ["", *(f"- {verdict(row)}" for row in summary["equivalent"])]
+    lines += ["", f"## {STATISTICS[HEADLINE]} of each seed", ""]
+    seeds = [str(s) for s in summary["seeds"]]
+    rows = [(row["model"], row, False) for row in summary["models"]]
+    rows += [(_minus(row), row, True) for row in summary["differences"]]
+    lines += _table(
+        ["", *seeds],
+        [
+            [name, *(db(row.get(HEADLINE, {"per_seed": {}})["per_seed"].get(s), signed=signed) for s in seeds)]
+            for name, row, signed in rows
+        ],
+    )
+    lines += ["", "## How to read the intervals", ""]
+    lines += [
+        "- The target clips of each class are drawn with replacement, the same for all models and seeds; the seeds "
+        "too, once for both models of a difference. The classes are held fixed.",
+        f"- Each seed's deviation from the mean over S seeds is scaled by √(S/(S{MINUS}1)): without, S drawn seeds "
+        "vary too little.",
+    ]
+    if most > 1:
+        shares = ", ".join(f"{share:.0%} with {n} seeds".replace("%", " %") for n, share in COVERAGE.items())
+        lines.append(
+            "- Few seeds have no tails, and no scaling gives them any: where seeds are all that varies, such an "
+            f"interval holds the truth in {shares}, not in 95 %. The larger the share of the clips, the closer to 95 %."
+        )
+    if any(len(row["seeds"]) == 1 for row in summary["models"] + summary["differences"]):
+        lines.append("- An interval over clips only says nothing of another training.")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """One sentence: do two models agree within noise, and what difference that leaves open."""
+    a, b, found = row["a"], row["b"], row.get(HEADLINE)
+    if found is None or found["ci_lo"] is None:
+        return f"{a} and {b}: no shared seed with a defined {STATISTICS[HEADLINE]}; nothing can be said."
+    says = "agree within noise" if found["within_noise"] else "**differ** by more than noise"
+    opposite = not found["within_noise"]
+    others = [name for key, name in STATISTICS.items() if row[key].get("within_noise") is opposite]
+    but = f" By {' and by '.join(others)} they {'differ' if found['within_noise'] else 'agree'}." if others else ""
+    return (
+        f"{a} and {b} {says} by {STATISTICS[HEADLINE]}: {db(found['mean'], signed=True)} "
+        f"[{db(found['ci_lo'], signed=True)}, {db(found['ci_hi'], signed=True)}] dB over {row['interval_covers']}, "
+        f"{len(row['seeds'])} shared seed{'s' * (len(row['seeds']) > 1)}. A difference of up to "
+        f"{max(abs(found['ci_lo']), abs(found['ci_hi'])):.2f} dB is not excluded.{but}"
+    )
+
+
+def _minus(row: Mapping[str, Any]) -> str:
+    return f"{row['a']} {MINUS} {row['b']}"
+
+
+def _cells(row: Mapping[str, Any], *, signed: bool) -> list[str]:
+    """The seeds, what the interval covers, and each number with interval and standard deviation."""
+    n = len(row["seeds"])
+    cells = [f"{n} ({', '.join(map(str, row['seeds']))})" if n else "0", row["interval_covers"]]
+    for key in STATISTICS:
+        x = row.get(key, {"mean": None, "sd": None, "ci_lo": None})
+        text = db(x["mean"], signed=signed)
+        if x["ci_lo"] is not None:
+            text += f" [{db(x['ci_lo'], signed=signed)}, {db(x['ci_hi'], signed=signed)}]"
+        if x["sd"] is not None:
+            text += f" ± {x['sd']:.2f}"
+        cells.append(text)
+    return cells
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def table_again(folder: Path) -> dict[str, Any]:
+    """Make the table from the scores and params that lie in its folder, and from nothing else."""
+    runs, equivalent = read_kept(folder)
+    bootstrap = load_params("report", BootstrapParams, folder / PARAMS)
+    return summarise(
+        runs, n_resamples=bootstrap.bootstrap_resamples, seed=bootstrap.bootstrap_seed, equivalent=equivalent
+    )
+
+
+def write(summary: Mapping[str, Any], out: Path) -> None:
+    """Write seeds.json and seeds.md; their bytes depend on the runs and the bootstrap's settings alone."""
+    write_json(out / "seeds.json", summary)
+    write_atomic(out / "seeds.md", markdown(summary))
+
+
+def main() -> None:
+    """Run the trainings of other seeds, or collect finished ones, as the command line asks."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="run those that are missing, and collect")
+    what.add_argument("--collect", action="store_true", help="only write the tables")
+    what.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="collect from these, each named by its seed")
+    what.add_argument("--again", type=Path, metavar="DIR", help="make DIR's table from the scores and params in it")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="of --runs, to lie beside the table (%(default)s)"
+    )
+    parser.add_argument("--scores", type=Path, default=Path("data/scores"), help="of the workspace and experiments")
+    parser.add_argument("--out", type=Path, default=Path("reports/seeds"))
+    parser.add_argument(
+        "--equivalent", nargs=2, action="append", metavar=("A", "B"), default=[], help="may be given more than once"
+    )
+    args = parser.parse_args()
+    out = args.again or args.out
+    if args.seeds:
+        own = load_params("train", SeedParams).seed
+        seeds = [seed for seed in dict.fromkeys(args.seeds) if seed != own]
+        run([_training(seed) for seed in seeds])
+    if not args.again:
+        collected = from_folders(args.runs) if args.runs else from_experiments(args.scores)
+        check_same_pairs(collected)
+        keep(collected, out, args.params, [(a, b) for a, b in args.equivalent])
+    summary = table_again(out)
+    write(summary, out)
+    for row in summary["models"] + summary["differences"]:
+        log.info("%s: %s", row.get("model") or _minus(row), _cells(row, signed="a" in row)[2])
+    for row in summary["equivalent"]:
+        log.info("%s", verdict(row))
+
+
+if __name__ == "__main__":
+    run_command(main)

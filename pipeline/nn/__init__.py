@@ -1,0 +1,1 @@
+"""Layers, networks and losses that several models share."""

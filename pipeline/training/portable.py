@@ -1,0 +1,66 @@
+"""What a trained separator's folder needs to be used elsewhere: classes, average queries, query encoder, detector."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from pipeline.core.ontology import class_of
+from pipeline.core.runtime import sha256_file, write_atomic
+from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
+from pipeline.nn.features import SAMPLE_RATE
+from pipeline.separators import QuerySeparator
+
+MAX_COPY_BYTES = 64 * 2**20  # PANNs' checkpoints (320 MB) are named by their hash; the small networks are copied
+QUERIES, ENCODER, DETECTOR = "queries.safetensors", "query_encoder", "detector"
+
+
+def equip(folder: Path, network: QuerySeparator, anchors: Path, sed: Path) -> dict[str, Any]:
+    """Write average queries and copies of stage sed's networks into `folder`; return the keys for its config.json."""
+    index = AnchorIndex.load(anchors)
+    reader = AnchorReader(anchors, index)
+    classes, queries = [], []
+    for class_index in sorted(set(index.table["class_index"].to_pylist())):
+        rows = index.rows(class_index)
+        queries.append(reader.queries(rows).astype(np.float64).mean(axis=0).astype(np.float32))
+        found = class_of(index.mids[rows[0]])
+        classes.append({"index": found.index, "mid": found.mid, "name": found.name})
+    write_atomic(folder / QUERIES, save({"query": torch.from_numpy(np.stack(queries))}))
+    networks = {}
+    for part, source in ((ENCODER, sed / "query"), (DETECTOR, sed / "detector")):
+        weights = source / "weights.safetensors"
+        networks[part] = sha256_file(weights)
+        if weights.stat().st_size <= MAX_COPY_BYTES:
+            shutil.copytree(source, folder / part, dirs_exist_ok=True)
+    seconds = felt_seconds(network.eval(), index.query_dim, torch.device("cpu"))
+    return {"classes": classes, "context_seconds": seconds, **{f"{part}_sha256": s for part, s in networks.items()}}
+
+
+def felt_seconds(
+    network: QuerySeparator, query_dim: int, device: torch.device, *, seconds: float = 8.0, decibels: float = -70.0
+) -> float:
+    """Measure how far, in seconds, a change of the input is felt in the output, up to `seconds`.
+
+    Two noises that are equal in one half and differ in the other are separated; where the estimates of the equal half
+    differ by more than `decibels` of their level, the change is felt.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n = -(-round(seconds * SAMPLE_RATE) // network.grid_samples) * network.grid_samples
+    one, other = 0.1 * torch.randn(2, 2 * n, generator=generator)
+    query = torch.randn(1, query_dim, generator=generator).abs().to(device)
+    felt = 0
+    with torch.inference_mode():
+        for half in (slice(0, n), slice(n, 2 * n)):
+            changed = one.clone()
+            changed[half] = other[half]
+            estimates = [network(mixture[None].to(device), query)[0].cpu() for mixture in (one, changed)]
+            kept = slice(n, 2 * n) if half.start == 0 else slice(0, n)
+            difference = (estimates[0] - estimates[1])[kept].abs()
+            level = estimates[0].square().mean().sqrt()
+            above = torch.nonzero(difference > level * 10 ** (decibels / 20))
+            if len(above):
+                felt = max(felt, int(above.max()) + 1 if half.start == 0 else n - int(above.min()))
+    return felt / SAMPLE_RATE
