@@ -44,6 +44,12 @@ def _children() -> dict[str, tuple[str, ...]]:
 
 
 @cache
+def _names() -> dict[str, str]:
+    nodes = json.loads((ASSETS / "ontology.json").read_text(encoding="utf-8"))
+    return {node["id"]: node["name"] for node in nodes}
+
+
+@cache
 def _parents() -> dict[str, tuple[str, ...]]:
     parents: dict[str, list[str]] = {mid: [] for mid in _children()}
     for mid, children in _children().items():
@@ -101,3 +107,14 @@ def kin(mid: str) -> frozenset[str]:
     Siblings are not kin: a clip of White noise says nothing about Pink noise.
     """
     return frozenset({mid}) | ancestors(mid) | descendants(mid)
+
+
+def node_name(mid: str) -> str:
+    """Look up the name of a class or of another node of the ontology; KeyError for neither."""
+    return _names()[mid]
+
+
+@cache
+def depth(mid: str) -> int:
+    """Count the levels from the ontology's roots ("Animal": 1) down to a node, on the shortest way."""
+    return 1 + min((depth(parent) for parent in _parents()[mid]), default=0)

@@ -14,6 +14,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SILENT_POWER = 1e-12  # mean square of a mixture that is not made louder any more: -120 dBFS
 MIN_WEIGHT = 1e-11  # of the windows over a sample, squared and summed, to divide by
 SAMPLE_RATE = 32000  # Hz, of every network here: PANNs and uss were trained at it
 
@@ -94,6 +95,20 @@ class _OverlapAdd(torch.autograd.Function):
 def magnitude(spectrum: Complex[Tensor, "*batch frames bins"]) -> Float[Tensor, "*batch frames bins"]:
     """|spectrum|, at least 1e-5: uss clamps the power at 1e-10, which keeps the root's gradient finite in silence."""
     return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-10).sqrt()
+
+
+def running_level(mixture: Float[Tensor, "batch time"], width: int, hop: int) -> Float[Tensor, "batch time"]:
+    """RMS under a Hann window of `width` samples around each place, at least -120 dBFS.
+
+    The power is that of whole hops, and the level between their middles a straight line. At the ends the window is cut.
+    """
+    length = mixture.shape[1]
+    power = F.pad(mixture.square(), (0, -length % hop)).unflatten(1, (-1, hop)).mean(dim=2)
+    half = max(1, width // (2 * hop))
+    window = torch.hann_window(2 * half + 1, periodic=False, device=mixture.device)[None, None]
+    weight = F.conv1d(torch.ones_like(power[:1, None]), window, padding=half)
+    near = (F.conv1d(power[:, None], window, padding=half) / weight).clamp(min=SILENT_POWER).sqrt()
+    return F.interpolate(near, scale_factor=hop, mode="linear")[:, 0, :length]
 
 
 def _hz_to_mel(hz: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -2,35 +2,24 @@
 
 import argparse
 import json
+import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from pipeline.separate.files import SUFFIX_OF, Format, Recording, StemWriter, find_recordings, open_recording
-from pipeline.separate.model import Separator
-from pipeline.separate.stream import Blocks
+from pipeline.core.devices import is_out_of_memory
+from pipeline.separate import hub
+from pipeline.separate.files import find_recordings, open_recording
+from pipeline.separate.job import REST, Job
+from pipeline.separate.model import Query, Separator
 from pipeline.separate.targets import Unusable
 
-ROOT = Path(__file__).parents[2]
-MODELS, METRICS = ROOT / "data/separators", ROOT / "reports/metrics.json"
-REST = "residual"
-DETECTED_SECONDS = 600  # of a recording that the detector is given at most
-
-
-@dataclass
-class Outcome:
-    """Files written, kept and failed in one run."""
-
-    done: list[dict[str, Any]] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+__all__ = ["REST", "main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +40,12 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="separate", description="Separate recordings into the sounds that you name.")
     parser.add_argument("tracks", nargs="*", type=Path, help="files, or folders with files")
     parser.add_argument(
-        "-n", "--name", help="a folder, a model of data/separators, or a cached Hugging Face repository"
+        "-n",
+        "--name",
+        help="a model of data/separators or data/mixit, a folder, a Hugging Face repository, a uss .ckpt",
     )
+    parser.add_argument("--download", action="store_true", help="fetch the repository if it is not in the cache")
+    parser.add_argument("--sha256", metavar="HEX", help="of the .ckpt, where its name does not say")
     parser.add_argument("-o", "--out", type=Path, default=Path("separated"))
     parser.add_argument("--filename", default="{track}/{stem}.{ext}", help="default: %(default)s")
     what = parser.add_argument_group("what to separate")
@@ -61,21 +54,33 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--two-stems", metavar="NAME", help="this class, and the rest")
     what.add_argument("--query", action="append", default=[], type=Path, metavar="FILE", help="an example; repeatable")
-    what.add_argument("--auto", action="store_true", help="what the detector finds")
-    what.add_argument("--threshold", type=float, default=0.5, help="of --auto (default %(default)s)")
+    what.add_argument("--not", dest="without", action="append", default=[], metavar="NAME", help="a class not wanted")
+    what.add_argument("--auto", action="store_true", help="the classes that the detector finds")
+    what.add_argument(
+        "--levels", nargs="+", type=int, choices=[1, 2, 3], help="groups of classes that it finds, by ontology level"
+    )
+    what.add_argument("--threshold", type=float, default=0.5, help="probability to be found (default %(default)s)")
     what.add_argument("--top-k", type=int, default=3, help="of --auto (default %(default)s)")
     what.add_argument("--residual", action="store_true", help="also what is left")
     how = parser.add_argument_group("how")
     how.add_argument("--segment", type=float, metavar="SECONDS", help="length of a block without its context")
     how.add_argument("--overlap", type=float, metavar="SHARE", help="of a block that is cross-faded")
+    how.add_argument("--shifts", type=int, default=1, metavar="N", help="average N shifted estimates, N times slower")
+    how.add_argument(
+        "--stereo", choices=["mid", "side", "channels"], default="mid", help="what of the channels is separated"
+    )
     how.add_argument("-d", "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    how.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])
+    how.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="recordings at once")
     files = parser.add_argument_group("files")
     kinds = files.add_mutually_exclusive_group()
     for kind in ("int24", "float32", "flac", "mp3"):
         kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, default="int16")
     files.add_argument("--clip-mode", choices=["rescale", "clamp"], default="rescale")
     files.add_argument("--force", action="store_true", help="write over files that are there")
+    files.add_argument("--spectrogram", action="store_true", help="a picture beside each file")
     files.add_argument("--json", action="store_true", help="print what was done as JSON")
+    files.add_argument("--benchmark", action="store_true", help="print real-time factor, latency and memory")
     parser.add_argument("--list-classes", action="store_true", help="the model's classes (with --json as JSON)")
     parser.add_argument("--list-models", action="store_true", help="the models that are here")
     return parser
@@ -86,192 +91,122 @@ def run(args: argparse.Namespace) -> int:
     if args.list_models:
         print("\n".join(f"{name}\t{score}" for name, score in models()))
         return 0
-    separator = Separator.from_pretrained(chosen_model(args.name), device=args.device)
+    separator = Separator.from_pretrained(
+        chosen_model(args.name),
+        device=args.device,
+        precision=args.precision,
+        download=args.download,
+        sha256=args.sha256,
+    )
     if args.list_classes:
         rows = [vars(one) for one in separator.classes]
-        print(
-            json.dumps(rows, indent=1)
-            if args.json
-            else "\n".join(f"{r['index']}\t{r['mid']}\t{r['name']}" for r in rows)
-        )
+        lines = [f"{row['index']}\t{row['mid']}\t{row['name']}" for row in rows]
+        print(json.dumps(rows, indent=1) if args.json else "\n".join(lines))
         return 0
-    if not args.tracks:
-        raise Unusable("no recording is named; `separate --help` shows how")
-    if not (args.classes or args.query or args.auto or args.two_stems):
-        raise Unusable("nothing is asked for: --class NAME, --query EXAMPLE, --two-stems NAME or --auto")
-    queries = named_queries(separator, args)
-    outcome = Outcome()
-    for path in find_recordings(args.tracks):
-        try:
-            outcome.done.append(separate_file(separator, path, dict(queries), args, outcome))
-        except (Unusable, OSError) as error:
-            said = str(error) if isinstance(error, Unusable) else f"{path}: {error.strerror or error}"
-            outcome.failed.append(said)
-            print(f"error: {said}", file=sys.stderr)
+    check(args, separator)
+    without = separator.query_without(args.without)
+    job = Job(separator, args, named_queries(separator, args), without, bars=args.jobs == 1)
+    done, failed = separate_all(job, find_recordings(args.tracks))
+    kept = [path for one in done for path in one["kept"]]
     if args.json:
-        print(json.dumps({"done": outcome.done, "kept": outcome.kept, "failed": outcome.failed}, indent=1))
-    n_files = sum(len(done["stems"]) for done in outcome.done)
+        print(json.dumps({"done": done, "kept": kept, "failed": failed}, indent=1))
+    if args.benchmark:
+        for one in (one for one in done if one["stems"]):
+            print(
+                f"{one['track']}: {one['seconds']:.1f} s, real-time factor {one['real_time_factor']:.3f}, "
+                f"latency {one['latency_seconds']:.2f} s, {one['memory_mb']} MB",
+                file=sys.stderr,
+            )
+    n_files = sum(len(one["stems"]) for one in done)
     print(
-        f"{n_files} files from {len(outcome.done)} recordings in {args.out}; {len(outcome.kept)} files were there, "
-        f"{len(outcome.failed)} recordings failed",
+        f"{n_files} files from {len(done)} recordings in {args.out}; {len(kept)} files were there, "
+        f"{len(failed)} recordings failed",
         file=sys.stderr,
     )
-    return 1 if outcome.failed else 0
+    return 1 if failed else 0
+
+
+def check(args: argparse.Namespace, separator: Separator) -> None:
+    """Unusable where the command line asks for nothing, or for what the model does not do."""
+    if not args.tracks:
+        raise Unusable("no recording is named; `separate --help` shows how")
+    if args.shifts < 1 or args.jobs < 1 or args.top_k < 1:
+        raise Unusable("--shifts, -j and --top-k are 1 or more")
+    if args.out.exists() and not args.out.is_dir():
+        raise Unusable(f"{args.out}: it is a file, not a folder for files")
+    asked = args.classes or args.query or args.auto or args.two_stems or args.levels
+    if separator.takes_queries and not asked:
+        raise Unusable("nothing is asked for: --class NAME, --query EXAMPLE, --two-stems NAME, --levels 1 or --auto")
+    if not separator.takes_queries and (asked or args.without):
+        raise Unusable(f"{separator.folder} takes no queries: it gives all sounds, and nothing can be asked for")
+
+
+def separate_all(job: Job, paths: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Separate recordings, as many at once as asked; a bad one is a line on stderr. Return (done, failed)."""
+    done, failed, jobs = [], [], job.args.jobs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting: list[Future[dict[str, Any]]] = [pool.submit(job.separate, path) for path in paths]
+        try:
+            for path, future in zip(paths, waiting, strict=True):
+                try:
+                    done.append(future.result())
+                except (Unusable, OSError, RuntimeError, MemoryError) as error:
+                    failed.append(reason(path, error))
+                    print(f"error: {failed[-1]}", file=sys.stderr)
+        except KeyboardInterrupt:
+            job.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)
+    return done, failed
+
+
+def reason(path: Path, error: Exception) -> str:
+    """Say in one line that names the recording why it failed; what is no matter of the recording is raised again."""
+    if isinstance(error, Unusable):
+        text = str(error)
+    elif is_out_of_memory(error):
+        text = "the memory does not hold it; try a shorter --segment"
+    elif isinstance(error, OSError):
+        other = error.filename if error.filename and str(error.filename) != str(path) else None
+        text = f"{other}: {error.strerror}" if other else (error.strerror or str(error))
+    else:
+        raise error
+    return text if text.startswith(f"{path}: ") else f"{path}: {text}"
 
 
 def models() -> list[tuple[str, str]]:
     """List the trained models with their SDRi in dB, the best first, as far as the last report knows it."""
-    metrics = json.loads(METRICS.read_text()) if METRICS.is_file() else {}
-    found = [path.parent.name for path in sorted(MODELS.glob("*/config.json"))]
+    metrics = json.loads(hub.METRICS.read_text()) if hub.METRICS.is_file() else {}
+    found = [path.parent.name for folder in hub.TRAINED for path in sorted(folder.glob("*/config.json"))]
     scores = {name: metrics.get(f"{name}.average.sdri_class_mean_mean") for name in found}
-    order = sorted(found, key=lambda name: scores.get(name) or -np.inf, reverse=True)
+    order = sorted(found, key=lambda name: -np.inf if scores[name] is None else scores[name], reverse=True)
     return [(name, "" if scores[name] is None else f"{scores[name]:.2f} dB") for name in order]
 
 
 def chosen_model(name: str | None) -> str:
     """Choose the named model, or the best one that is here; Unusable, saying how to get one, where there is none."""
-    if name is not None:
-        return str(MODELS / name) if (MODELS / name / "config.json").is_file() else name
-    if not (found := models()):
-        raise Unusable("there is no trained model here: `make repro` trains some; or -n FOLDER")
-    return str(MODELS / found[0][0])
+    if name is None:
+        if not (found := models()):
+            raise Unusable("there is no trained model here: `make repro` trains some; or -n FOLDER")
+        name = found[0][0]
+    here = [folder / name for folder in hub.TRAINED if (folder / name / "config.json").is_file()]
+    return os.fspath(here[0]) if here else name
 
 
-def named_queries(separator: Separator, args: argparse.Namespace) -> list[tuple[str, torch.Tensor]]:
+def named_queries(separator: Separator, args: argparse.Namespace) -> dict[str, Query]:
     """Look up what the command line asks of every recording, by the names of the stems."""
     names = [*args.classes, *([args.two_stems] if args.two_stems else [])]
-    queries = [separator.query(name) for name in names]
+    queries = dict(separator.query(name) for name in names)
     if args.query:
-        examples = []
+        embedded = []
         for path in args.query:
             example = open_recording(path)
-            examples.append((np.concatenate(list(example.blocks()), axis=1), example.sample_rate))
-        embedded = [separator.query_of([audio], rate) for audio, rate in examples]
-        queries.append((args.query[0].stem if len(args.query) == 1 else "query", torch.stack(embedded).mean(dim=0)))
+            audio = np.concatenate(list(example.blocks()), axis=1)
+            embedded.append(separator.query_of([audio], example.sample_rate))
+        name = args.query[0].stem if len(args.query) == 1 else "query"
+        queries[name] = torch.stack(embedded).mean(dim=0)
     return queries
-
-
-def separate_file(
-    separator: Separator,
-    path: Path,
-    queries: dict[str, torch.Tensor],
-    args: argparse.Namespace,
-    outcome: Outcome,
-) -> dict[str, Any]:
-    """Separate one recording into files; return what was written. Nothing is left half-written."""
-    recording = open_recording(path)
-    found = {}
-    if args.auto:
-        found = detected(separator, recording, args)
-        queries |= {name: separator.query(name)[1] for name in found}
-        if not queries:
-            raise Unusable(f"{path}: the detector finds no class with a probability of {args.threshold:g}")
-    names = list(queries)
-    stems = [*names, *([REST] if args.residual or args.two_stems else [])]
-    targets = {stem: target_path(args, path, stem) for stem in stems}
-    there = [str(target) for target in targets.values() if target.exists()]
-    if there and not args.force:
-        outcome.kept += there
-        if len(there) == len(targets):
-            return {"track": str(path), "stems": {}, "detected": found}
-    wanted = {stem: target for stem, target in targets.items() if args.force or not target.exists()}
-    writers = {
-        stem: StemWriter(target, recording.sample_rate, recording.channels, args.kind, args.clip_mode)
-        for stem, target in wanted.items()
-    }
-    began = time.monotonic()
-    try:
-        n_samples = pump(separator, recording, names, queries, writers, chosen_blocks(separator, args))
-        for writer in writers.values():
-            writer.finish()
-    finally:
-        for writer in writers.values():
-            writer.close()
-    seconds = n_samples / recording.sample_rate
-    return {
-        "track": str(path),
-        "seconds": round(seconds, 3),
-        "real_time_factor": round((time.monotonic() - began) / max(seconds, 1e-9), 4),
-        "stems": {stem: str(target) for stem, target in wanted.items()},
-        "detected": found,
-    }
-
-
-def pump(
-    separator: Separator,
-    recording: Recording,
-    names: list[str],
-    queries: dict[str, torch.Tensor],
-    writers: dict[str, StemWriter],
-    blocks: Blocks,
-) -> int:
-    """Drive a recording through a stream into the writers, with a bar; return its length in samples."""
-    stream = separator.stream(
-        torch.stack([queries[name] for name in names]),
-        channels=recording.channels,
-        sample_rate=recording.sample_rate,
-        blocks=blocks,
-    )
-    waiting = np.zeros((recording.channels, 0), np.float32)
-    n_samples = 0
-
-    def put(estimates: np.ndarray) -> None:
-        nonlocal waiting
-        ready, waiting = waiting[:, : estimates.shape[2]], waiting[:, estimates.shape[2] :]
-        for name, estimate in zip(names, estimates, strict=True):
-            if name in writers:
-                writers[name].write(estimate)
-        if REST in writers:
-            rest = ready.astype(np.float64) - estimates.sum(axis=0, dtype=np.float64)
-            writers[REST].write(rest.astype(np.float32))
-
-    total = None if recording.frames is None else recording.frames / recording.sample_rate
-    with tqdm(
-        total=total, unit="s", desc=recording.path.name[:30], disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        for block in recording.blocks():
-            waiting = np.concatenate([waiting, block], axis=1)
-            n_samples += block.shape[1]
-            put(stream.push(block))
-            bar.update(block.shape[1] / recording.sample_rate)
-        put(stream.flush())
-    return n_samples
-
-
-def chosen_blocks(separator: Separator, args: argparse.Namespace) -> Blocks:
-    """Take the model's own block sizes, or those of the command line."""
-    if args.segment is None and args.overlap is None:
-        return separator.blocks
-    core = args.segment or separator.blocks.core / 32000
-    if core <= 0 or not 0 <= (args.overlap or 0) < 1:
-        raise Unusable("--segment is a number of seconds above 0, --overlap a share from 0 to below 1")
-    fade = separator.blocks.fade / 32000 if args.overlap is None else args.overlap * core
-    return separator.blocks_of(core, fade)
-
-
-def target_path(args: argparse.Namespace, path: Path, stem: str) -> Path:
-    """Make the name of a stem's file; Unusable for a pattern with other names in braces, or where it is the input."""
-    safe = "".join(c if c.isalnum() or c in " ,.()-_'" else "_" for c in stem)
-    kind: Format = args.kind
-    try:
-        name = args.filename.format(track=path.stem, trackext=path.suffix[1:], stem=safe, ext=SUFFIX_OF[kind])
-    except (KeyError, IndexError, ValueError) as error:
-        raise Unusable(
-            f"--filename {args.filename!r}: {{track}}, {{trackext}}, {{stem}} and {{ext}} are known"
-        ) from error
-    target: Path = args.out / name
-    if target.resolve() == path.resolve():
-        raise Unusable(f"{path}: its stem would be written over it; choose another --out or --filename")
-    return target
-
-
-def detected(separator: Separator, recording: Recording, args: argparse.Namespace) -> dict[str, float]:
-    """Detect the classes of (the first ten minutes of) a recording: probability by name."""
-    kept, n = [], 0
-    for block in recording.blocks():
-        kept.append(block.mean(axis=0, keepdims=True))
-        n += block.shape[1]
-        if n > DETECTED_SECONDS * recording.sample_rate:
-            break
-    found = separator.detect(np.concatenate(kept, axis=1), recording.sample_rate)
-    return {one.name: round(p, 4) for one, p in found.loudest(args.threshold, args.top_k)}

@@ -106,23 +106,28 @@ class StemWriter:
         )
         os.close(handle)
         try:
-            self._raw.seek(0)
-            width = 4 * self.channels
             with soundfile.SoundFile(
                 temporary, "w", self.sample_rate, self.channels, _SUBTYPE[self.kind], format=_format(self.kind)
             ) as file:
-                while chunk := self._raw.read(BLOCK_FRAMES * width):
-                    block = np.frombuffer(chunk, np.float32).reshape(-1, self.channels) * gain
-                    file.write(block if self.kind == "float32" else block.clip(-1, 1))
+                for block in self.blocks():
+                    file.write((block.T * gain) if self.kind == "float32" else (block.T * gain).clip(-1, 1))
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, self.path)
-        except BaseException:
+        except BaseException as error:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+            if isinstance(error, soundfile.LibsndfileError | TypeError | ValueError):
+                raise Unusable(f"{self.path}: {_reason(error)}") from error
             raise
         finally:
             self.close()
         return self.path
+
+    def blocks(self) -> Iterator[Block]:
+        """Read back what was written, block by block."""
+        self._raw.seek(0)
+        while chunk := self._raw.read(BLOCK_FRAMES * 4 * self.channels):
+            yield np.frombuffer(chunk, np.float32).reshape(-1, self.channels).T
 
     def close(self) -> None:
         """Throw the temporary file away."""

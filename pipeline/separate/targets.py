@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.core.ontology import ancestors, depth, node_name
+
 
 class Unusable(ValueError):
     """A file, a target or a model that cannot be used; the message is one line that says why."""
@@ -38,6 +40,19 @@ def find_class(text: str | int, classes: Sequence[SoundClass]) -> SoundClass:
     near += [one.name for one in classes if folded and folded in one.name.casefold() and one.name not in near]
     hint = f"did you mean {_listed(near[:3], 'or')}?" if near else f"there are {_listed([c.name for c in classes])}"
     raise Unusable(f"no class {wanted!r} in this model; {hint}")
+
+
+def group_by_level(classes: Sequence[SoundClass], level: int) -> dict[str, list[SoundClass]]:
+    """Group classes by the nodes above them at a level of AudioSet's ontology; 1 are its roots ("Animal").
+
+    A class with parents in several groups is in each, and one that lies above the level is a group by itself.
+    """
+    groups: dict[str, list[SoundClass]] = {}
+    for one in classes:
+        above = [mid for mid in (one.mid, *sorted(ancestors(one.mid))) if depth(mid) == level]
+        for mid in above or [one.mid]:
+            groups.setdefault(node_name(mid), []).append(one)
+    return groups
 
 
 def _listed(names: Sequence[str], last: str = "and") -> str:

@@ -60,11 +60,24 @@ class QuerySeparator(nn.Module):
     """
 
     hop_length: int  # samples between its STFT's frames
+    segment_samples: int | None = None
+    """Length of the mixtures that it was trained on. `load` sets it: what the network takes of a whole mixture (its
+    level, an encoder's features) it then takes of a longer recording piece by piece, so that an estimate depends on
+    what lies near. None: whatever it is given is one mixture."""
 
     @property
     def grid_samples(self) -> int:
         """Samples between places where a mixture may be cut without another alignment of what the network pools."""
         return int(self.hop_length)
+
+    @property
+    def block_samples(self) -> int:
+        """Samples that blocks of a long recording are multiples of, for the same estimate as in one pass."""
+        return self.grid_samples
+
+    def is_long(self, samples: int) -> bool:
+        """Whether a mixture is longer than those of the training, by more than the grid."""
+        return self.segment_samples is not None and samples >= self.segment_samples + self.grid_samples
 
     def shared(self, mixture: Float[Tensor, "batch time"]) -> dict[str, Tensor]:
         """Compute what no query changes, (batch, ...) by `forward`'s argument names, once for several queries."""
@@ -163,7 +176,9 @@ def load(folder: Path) -> QuerySeparator:
     RuntimeError for weights that are not exactly its own.
     """
     config = read_json(folder / "config.json")
-    return _loaded(build(config["architecture"], **config["model"]), folder)
+    separator = _loaded(build(config["architecture"], **config["model"]), folder)
+    separator.segment_samples = config["segment_samples"]
+    return separator
 
 
 def load_blind(folder: Path) -> BlindSeparator:
@@ -213,6 +228,12 @@ def _separator(name: str) -> Any:
     return import_module(f"{__name__}.{name}").Separator
 
 
+def weights_file(folder: Path) -> Path:
+    """Find the weights of a model: as a stage wrote them, or as they are called in a folder made for elsewhere."""
+    elsewhere = folder / "model.safetensors"
+    return elsewhere if elsewhere.is_file() else folder / "weights.safetensors"
+
+
 def _loaded(separator: T, folder: Path) -> T:
-    separator.load_state_dict(read_safetensors(folder / "weights.safetensors"), strict=True)
+    separator.load_state_dict(read_safetensors(weights_file(folder)), strict=True)
     return separator.eval()

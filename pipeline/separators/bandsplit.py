@@ -11,7 +11,8 @@ al. 2018). Band-split networks are Luo and Yu's (arXiv:2209.15174), who have rec
 frame's perceptron is that of TFC-TDF (Choi et al., arXiv:1912.02591). On a CPU convolutions and products take half to
 two thirds of the time of a recurrence with as many multiplications.
 
-The mixture's level is taken out before and put back after: an estimate scales with its mixture exactly.
+The mixture's level is taken out before and put back after: an estimate scales with its mixture exactly. In a recording
+longer than the mixtures of the training the level is that of what lies near (`running_level`).
 """
 
 import torch
@@ -19,11 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from pipeline.nn.features import istft, stft
+from pipeline.nn.features import SILENT_POWER, istft, running_level, stft
 from pipeline.separators import QuerySeparator
 
 BAND_GROUPS = (1, 2, 5, 8)  # widths of the four quarters of the bands, in units; the half without Nyquist is their sum
-SILENT_POWER = 1e-12  # mean square of a mixture that is not made louder any more: -120 dBFS
 BIN_FLOOR = 1e-6  # power of a bin beside one of the mixture's mean: 60 dB below
 COMPRESSION = 0.3  # exponent of the magnitude beside the phase
 N_FEATURES = 3  # of a bin: compressed real and imaginary part, log power
@@ -157,8 +157,12 @@ class Separator(QuerySeparator):
         length = mixture.shape[-1]
         if len(query) != len(mixture):
             raise TypeError(f"query has {len(query)} rows, mixture {len(mixture)}")
-        # The root's gradient is infinite at 0, and 0 times infinity is not 0: hence the limit inside.
-        level = mixture.float().square().mean(dim=-1, keepdim=True).clamp(min=SILENT_POWER).sqrt()
+        if self.is_long(length):
+            assert self.segment_samples is not None
+            level = running_level(mixture.float(), self.segment_samples, self.hop_length)
+        else:
+            # The root's gradient is infinite at 0, and 0 times infinity is not 0: hence the limit inside.
+            level = mixture.float().square().mean(dim=-1, keepdim=True).clamp(min=SILENT_POWER).sqrt()
         # Up to a whole number of hops: the last sample then lies in the middle of a window, not under its tip.
         padded = max(length, self.n_fft // 2 + 1)
         padded += -padded % self.hop_length

@@ -5,12 +5,17 @@ features of its frames depend on where they stand (in `freq` with pad1024 a row'
 time). Trained on parts of mixtures, the encoder is given the whole all the same, and the features of the part's rows
 are taken (`context: anchor`); with `segment` it is given the part alone.
 
+In a recording longer than the mixtures of the training the encoder is given windows of their length (rounded down to
+the U-Net's grid), side by side from the start on, and the U-Net reaches across them. What the features do to the query
+they do in each window anew.
+
 Every feature vector is brought to zero mean and unit variance first. For the same seed the U-Net begins with the
 baseline's weights, whatever the fusion.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -173,7 +178,7 @@ class Separator(resunet.Separator):
         """Compute the fusion's own terms."""
         if self.upstream is None:
             return {}
-        features = self.locate(shared["features"], batch.mixture, batch.part)
+        features = self.locate(shared["features"], batch.mixture.shape[1], batch.part)
         return self.fusion.losses(features, batch.query, batch.interferer_query)
 
     def features(self, mixture: Float[Tensor, "batch time"]) -> Float[Tensor, "batch steps dim"]:
@@ -191,8 +196,29 @@ class Separator(resunet.Separator):
         return F.layer_norm(h, h.shape[-1:])
 
     def shared(self, mixture: Float[Tensor, "batch time"]) -> dict[str, Tensor]:
-        """Compute the features, which no query changes."""
-        return {} if self.upstream is None else {"features": self.features(mixture)}
+        """Compute the features, which no query changes: (batch, steps, dim), or of each window of a long recording."""
+        if self.upstream is None:
+            return {}
+        samples = mixture.shape[1]
+        if not self.is_long(samples):
+            return {"features": self.features(mixture)}
+        size = self.window_samples
+        windows = -(-(1 + samples // self.hop_length) * self.hop_length // size)
+        # What the last window lacks is the recording's end, backwards: the encoder was trained on no silence.
+        filled = F.pad(mixture[:, None], (0, max(0, windows * size - samples)), mode="reflect")[:, 0, : windows * size]
+        return {"features": self.features(filled.reshape(-1, size)).unflatten(0, (-1, windows))}
+
+    @property
+    def window_samples(self) -> int:
+        """Length of the windows that the encoder is given of a long recording."""
+        assert self.segment_samples is not None
+        grid = super().grid_samples
+        return max(1, self.segment_samples // grid) * grid
+
+    @property
+    def block_samples(self) -> int:
+        """A window of the encoder's."""
+        return self.grid_samples if self.upstream is None else self.window_samples
 
     def forward(
         self,
@@ -200,7 +226,7 @@ class Separator(resunet.Separator):
         query: Float[Tensor, "batch query_dim"],
         part: slice = slice(None),
         *,
-        features: Float[Tensor, "batch steps dim"] | None = None,
+        features: Float[Tensor, "batch *windows steps dim"] | None = None,
     ) -> Float[Tensor, "batch part"]:
         """Separate `part` of each mixture; the encoder is given all of the mixture.
 
@@ -208,29 +234,42 @@ class Separator(resunet.Separator):
         """
         if self.upstream is None:
             return super().forward(mixture, query, part)
-        located = self.locate(self.features(mixture) if features is None else features, mixture, part)
-        query = self.fusion.query(query, located)
-        return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, query, located))
+        if features is None:
+            features = self.shared(mixture)["features"]
+        windows = features.shape[1] if features.ndim == 4 else 0
+        if not windows:
+            located = self.locate(features, mixture.shape[1], part)
+            query = self.fusion.query(query, located)
+            return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, query, located))
+        located = replace(
+            self.locate(features.flatten(0, 1), self.window_samples, slice(None)),
+            total=self.window_samples // self.hop_length,
+        )
+        queries = self.fusion.query(query.repeat_interleave(windows, dim=0), located).unflatten(0, (-1, windows))
+        return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, queries, located, windows))
 
     def logits(
         self,
         spectrum: Complex[Tensor, "batch frames bins"],
-        query: Float[Tensor, "batch query_dim"],
+        query: Float[Tensor, "batch *windows query_dim"],
         features: Features,
+        windows: int = 1,
     ) -> Float[Tensor, "batch 3 padded_frames masked_bins"]:
-        """Compute what the mask is made of: the U-Net on STFT and features."""
+        """Compute what the mask is made of: the U-Net on STFT and features, which are of as many windows an item."""
         plane = self.normed(spectrum)
+        if windows > 1:
+            plane = F.pad(plane, (0, 0, 0, windows * features.total - plane.shape[2]))
         logits = self.unet(
-            self.fusion.plane(plane, features), query, lambda level, h: self.fusion.join(level, h, features)
+            _unfold(self.fusion.plane(_fold(plane, windows), features), windows),
+            query,
+            lambda level, h: _unfold(self.fusion.join(level, _fold(h, windows), features), windows),
         )
         return logits[..., : plane.shape[3]]
 
-    def locate(
-        self, values: Float[Tensor, "batch steps dim"], mixture: Float[Tensor, "batch time"], part: slice
-    ) -> Features:
-        """Say where in the mixtures the features of `part` lie."""
+    def locate(self, values: Float[Tensor, "batch steps dim"], samples: int, part: slice) -> Features:
+        """Say where in mixtures of so many samples the features of `part` lie."""
         assert self.upstream is not None
-        samples, frames_per_step = mixture.shape[1], self.upstream.frames_per_step
+        frames_per_step = self.upstream.frames_per_step
         return Features(
             values,
             n_sounding=math.ceil(samples / SAMPLE_RATE / (frames_per_step / FRAME_RATE)),
@@ -239,3 +278,13 @@ class Separator(resunet.Separator):
             first=round((part.start or 0) / self.hop_length),
             total=1 + samples // self.hop_length,
         )
+
+
+def _fold(x: Float[Tensor, "batch channels rows bins"], windows: int) -> Float[Tensor, "items channels some bins"]:
+    """Make an item of each window."""
+    return x if windows == 1 else x.unflatten(2, (windows, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(x: Float[Tensor, "items channels some bins"], windows: int) -> Float[Tensor, "batch channels rows bins"]:
+    """Put the windows of each item side by side again."""
+    return x if windows == 1 else x.unflatten(0, (-1, windows)).transpose(1, 2).flatten(2, 3)

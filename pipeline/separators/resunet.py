@@ -38,12 +38,17 @@ class FiLMNorm(nn.Module):
         self.beta = nn.Linear(query_dim, channels)
 
     def forward(
-        self, x: Float[Tensor, "batch channels frames bins"], query: Float[Tensor, "batch query_dim"]
+        self, x: Float[Tensor, "batch channels frames bins"], query: Float[Tensor, "batch *windows query_dim"]
     ) -> Float[Tensor, "batch channels frames bins"]:
-        """Normalise, shift and rectify, keeping the shape."""
+        """Normalise, shift and rectify, keeping the shape. With a query per window, each has as many of the frames."""
         # The norm's result is needed by nobody else (its backward uses its input), so both steps overwrite it.
         h = self.norm(x)
-        h = h.add_(self.beta(query)[:, :, None, None].to(h.dtype))
+        beta = self.beta(query)
+        if query.ndim == 3:
+            beta = beta.repeat_interleave(h.shape[2] // query.shape[1], dim=1).transpose(1, 2)[..., None]
+        else:
+            beta = beta[:, :, None, None]
+        h = h.add_(beta.to(h.dtype))
         return F.leaky_relu(h, NEGATIVE_SLOPE, inplace=True)
 
 
@@ -59,7 +64,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(
-        self, x: Float[Tensor, "batch in_channels frames bins"], query: Float[Tensor, "batch query_dim"]
+        self, x: Float[Tensor, "batch in_channels frames bins"], query: Float[Tensor, "batch *windows query_dim"]
     ) -> Float[Tensor, "batch out_channels frames bins"]:
         """Keep frames and bins, change the channels."""
         h = self.conv1(self.pre1(x, query))
@@ -82,7 +87,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels frames bins"],
         skip: Float[Tensor, "batch out_channels up_frames up_bins"],
-        query: Float[Tensor, "batch query_dim"],
+        query: Float[Tensor, "batch *windows query_dim"],
     ) -> Float[Tensor, "batch out_channels up_frames up_bins"]:
         """Undo the pooling of the encoder that `skip` comes from."""
         h = self.upsample(self.pre(x, query))
@@ -133,7 +138,7 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch in_channels frames bins"],
-        query: Float[Tensor, "batch query_dim"],
+        query: Float[Tensor, "batch *windows query_dim"],
         join: Callable[[int, Tensor], Tensor] = lambda level, h: h,
     ) -> Float[Tensor, "batch out_channels frames bins"]:
         """Float32 whatever the autocast: the last, cheap convolution is left out of it.

@@ -35,6 +35,7 @@ def equip(folder: Path, network: QuerySeparator, anchors: Path, sed: Path) -> di
         networks[part] = sha256_file(weights)
         if weights.stat().st_size <= MAX_COPY_BYTES:
             shutil.copytree(source, folder / part, dirs_exist_ok=True)
+    network.segment_samples = index.segment_samples
     seconds = felt_seconds(network.eval(), index.query_dim, torch.device("cpu"))
     return {"classes": classes, "context_seconds": seconds, **{f"{part}_sha256": s for part, s in networks.items()}}
 
@@ -44,19 +45,19 @@ def felt_seconds(
 ) -> float:
     """Measure how far, in seconds, a change of the input is felt in the output, up to `seconds`.
 
-    Two noises that are equal in one half and differ in the other are separated; where the estimates of the equal half
-    differ by more than `decibels` of their level, the change is felt.
+    Two noises of the same energy that are equal in one half and differ in the other are separated as a long recording
+    is; where the estimates of the equal half differ by more than `decibels` of their level, the change is felt.
     """
     generator = torch.Generator().manual_seed(0)
-    n = -(-round(seconds * SAMPLE_RATE) // network.grid_samples) * network.grid_samples
-    one, other = 0.1 * torch.randn(2, 2 * n, generator=generator)
+    n = -(-round(seconds * SAMPLE_RATE) // network.block_samples) * network.block_samples
+    one, other = torch.randn(2, 2 * n, generator=generator)
     query = torch.randn(1, query_dim, generator=generator).abs().to(device)
     felt = 0
     with torch.inference_mode():
         for half in (slice(0, n), slice(n, 2 * n)):
             changed = one.clone()
-            changed[half] = other[half]
-            estimates = [network(mixture[None].to(device), query)[0].cpu() for mixture in (one, changed)]
+            changed[half] = other[half] * (one[half].norm() / other[half].norm())
+            estimates = [network(0.1 * mixture[None].to(device), query)[0].cpu() for mixture in (one, changed)]
             kept = slice(n, 2 * n) if half.start == 0 else slice(0, n)
             difference = (estimates[0] - estimates[1])[kept].abs()
             level = estimates[0].square().mean().sqrt()

@@ -113,7 +113,7 @@ def test_the_published_fusion_has_its_columns_and_masks_nyquist():
     model.unet.enter.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
     mixture, query = batch(64000)
     spectrum = torch.randn(2, 201, 513, dtype=torch.complex64)
-    features = model.locate(model.features(mixture), mixture, slice(None))
+    features = model.locate(model.features(mixture), mixture.shape[1], slice(None))
     logits = model.logits(spectrum, query, features)
     assert widths == [(2, 1, 224, 576)]
     assert logits.shape == (2, 3, 224, 513)
@@ -130,11 +130,11 @@ def test_features_stand_at_the_frames_they_belong_to():
     model = build(fusion="channel").eval()
     steps = torch.arange(14.0)[None, :, None].expand(1, -1, 64)
     mixture = torch.zeros(1, 64000)
-    features = model.locate(steps, mixture, slice(None))
+    features = model.locate(steps, mixture.shape[1], slice(None))
     assert features.rows(224)[0, :, 0].tolist() == [j // 16 for j in range(224)]
     assert features.rows(14, stride=16)[0, :, 0].tolist() == list(range(14))
     tiled = build(fusion="channel", repeat="tile").eval()
-    assert tiled.locate(steps, mixture, slice(None)).rows(30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
+    assert tiled.locate(steps, mixture.shape[1], slice(None)).rows(30)[0, :, 0].tolist() == [j % 14 for j in range(30)]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -160,8 +160,8 @@ def test_a_part_has_the_features_that_its_rows_have_in_the_whole(fusion):
         return
     stride = 16 if fusion == "deep" else 1
     values = model.features(mixture)
-    whole = model.locate(values, mixture, slice(None)).rows(224 // stride, stride)
-    of_part = model.locate(values, mixture, samples).rows(rows // stride, stride)
+    whole = model.locate(values, mixture.shape[1], slice(None)).rows(224 // stride, stride)
+    of_part = model.locate(values, mixture.shape[1], samples).rows(rows // stride, stride)
     assert torch.equal(of_part, whole[:, first // stride : (first + rows) // stride])
     assert not torch.equal(of_part, whole[:, : rows // stride])
 
@@ -171,7 +171,7 @@ def test_a_deep_row_has_the_step_that_its_middle_lies_in(first):
     """Rows of 16 frames, steps of 16 (crop): a row is half a step early or late at most, wherever the part begins."""
     model = build(fusion="deep", mae_input="crop")
     steps = torch.arange(14.0)[None, :, None]
-    features = model.locate(steps, torch.zeros(1, 64000), slice(first * 320, None))
+    features = model.locate(steps, 64000, slice(first * 320, None))
     found = features.rows(3, stride=16)[0, :, 0]
     assert found.tolist() == [(first + 16 * row + 8) // 16 for row in range(3)]
 
@@ -353,7 +353,7 @@ def test_an_encoder_that_is_given_the_segment_predicts_by_the_segment():
     cut = given.mixture[:, given.part]
     again = build(fusion="interferer", context="segment").eval()
     assert torch.equal(terms["l1"], (again(cut, given.query) - given.target).abs().mean(dim=1).mean())
-    features = again.locate(again.features(cut), cut, slice(None))
+    features = again.locate(again.features(cut), cut.shape[1], slice(None))
     assert torch.equal(
         terms["interferer"], again.fusion.losses(features, given.query, given.interferer_query)["interferer"]
     )
