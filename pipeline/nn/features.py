@@ -103,7 +103,7 @@ def running_level(mixture: Float[Tensor, "batch time"], width: int, hop: int) ->
     The power is that of whole hops, and the level between their middles a straight line. At the ends the window is cut.
     """
     length = mixture.shape[1]
-    power = F.pad(mixture.square(), (0, -length % hop)).unflatten(1, (-1, hop)).mean(dim=2)
+    power = F.pad(mixture.square(), (0, -length % hop)).reshape(len(mixture), -1, hop).mean(dim=2)
     half = max(1, width // (2 * hop))
     window = torch.hann_window(2 * half + 1, periodic=False, device=mixture.device)[None, None]
     weight = F.conv1d(torch.ones_like(power[:1, None]), window, padding=half)

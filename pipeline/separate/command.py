@@ -183,7 +183,7 @@ def models() -> list[tuple[str, str]]:
     metrics = json.loads(hub.METRICS.read_text()) if hub.METRICS.is_file() else {}
     found = [path.parent.name for folder in hub.TRAINED for path in sorted(folder.glob("*/config.json"))]
     scores = {name: metrics.get(f"{name}.average.sdri_class_mean_mean") for name in found}
-    order = sorted(found, key=lambda name: -np.inf if scores[name] is None else scores[name], reverse=True)
+    order = sorted(found, key=lambda name: scores[name] or -np.inf, reverse=True)
     return [(name, "" if scores[name] is None else f"{scores[name]:.2f} dB") for name in order]
 
 

@@ -27,7 +27,7 @@ MAX_CHANNELS = 64
 
 @dataclass
 class Job:
-    """What the command line asks of every recording; `queries` are of the stems that do not depend on the recording."""
+    """A command line, as it is asked of every recording; `queries` are those that depend on none."""
 
     separator: Separator
     args: argparse.Namespace

@@ -270,7 +270,7 @@ class Separator:
             for first in range(0, len(pairs), at_once):
                 rows, targets = (list(some) for some in zip(*pairs[first : first + at_once], strict=True))
                 found.append(network(mono[rows], queries[targets], **{name: t[rows] for name, t in shared.items()}))
-            return torch.cat(found).unflatten(0, (-1, n_targets))
+            return torch.cat(found).reshape(len(mono), n_targets, -1)
 
         return separated
 

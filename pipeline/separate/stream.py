@@ -158,7 +158,8 @@ class Stream:
         audio = torch.from_numpy(np.stack(windows)).to(self.device)
         with torch.inference_mode(), exact_float32():
             if self.channels == 1 or self.stereo == "channels":
-                found = self.estimate(audio.flatten(0, 1)).float().unflatten(0, audio.shape[:2]).transpose(1, 2)
+                rows = self.estimate(audio.flatten(0, 1)).float()
+                found = rows.reshape(*audio.shape[:2], self.n_targets, -1).transpose(1, 2)
             else:
                 mono = down_mix(audio, self.stereo)
                 estimates = self.estimate(mono).float()

@@ -206,7 +206,8 @@ class Separator(resunet.Separator):
         windows = -(-(1 + samples // self.hop_length) * self.hop_length // size)
         # What the last window lacks is the recording's end, backwards: the encoder was trained on no silence.
         filled = F.pad(mixture[:, None], (0, max(0, windows * size - samples)), mode="reflect")[:, 0, : windows * size]
-        return {"features": self.features(filled.reshape(-1, size)).unflatten(0, (-1, windows))}
+        found = self.features(filled.reshape(-1, size))
+        return {"features": found.reshape(-1, windows, *found.shape[1:])}
 
     @property
     def window_samples(self) -> int:
@@ -242,10 +243,12 @@ class Separator(resunet.Separator):
             query = self.fusion.query(query, located)
             return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, query, located))
         located = replace(
-            self.locate(features.flatten(0, 1), self.window_samples, slice(None)),
+            self.locate(features.transpose(0, 1).flatten(0, 1), self.window_samples, slice(None)),
             total=self.window_samples // self.hop_length,
         )
-        queries = self.fusion.query(query.repeat_interleave(windows, dim=0), located).unflatten(0, (-1, windows))
+        # All items' first windows, then all their second ones.
+        of_windows = self.fusion.query(query.repeat(windows, 1), located)
+        queries = torch.stack(of_windows.chunk(windows), dim=1)
         return self.masked(mixture[:, part], lambda spectrum: self.logits(spectrum, queries, located, windows))
 
     def logits(
@@ -281,10 +284,10 @@ class Separator(resunet.Separator):
 
 
 def _fold(x: Float[Tensor, "batch channels rows bins"], windows: int) -> Float[Tensor, "items channels some bins"]:
-    """Make an item of each window."""
-    return x if windows == 1 else x.unflatten(2, (windows, -1)).transpose(1, 2).flatten(0, 1)
+    """Make an item of each window: all first ones, all second ones, and so on."""
+    return x if windows == 1 else torch.cat(x.chunk(windows, dim=2))
 
 
 def _unfold(x: Float[Tensor, "items channels some bins"], windows: int) -> Float[Tensor, "batch channels rows bins"]:
     """Put the windows of each item side by side again."""
-    return x if windows == 1 else x.unflatten(0, (-1, windows)).transpose(1, 2).flatten(2, 3)
+    return x if windows == 1 else torch.cat(x.chunk(windows), dim=2)

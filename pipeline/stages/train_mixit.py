@@ -46,6 +46,7 @@ from pipeline.separators import build_blind
 from pipeline.training import mixit
 from pipeline.training.loop import Fitted, Validation, fit, write_curve
 from pipeline.training.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
+from pipeline.training.portable import equip_blind
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,12 @@ def train_mixit(
     music: MusicParams | None,
     pretrained: Path | None,
     told: dict[str, float],
+    sed: Path | None = None,
 ) -> dict[str, Any]:
-    """Train one entry into `out`: weights.safetensors and config.json, which is returned. `told` gets what it took."""
+    """Train one entry into `out`: weights.safetensors and config.json, which is returned.
+
+    `told` gets what it took, and `sed` is the folder with the detector that goes along.
+    """
     use_available_cores()
     use_precision(params.precision)
     device = choose_device(params.device)
@@ -212,6 +217,8 @@ def train_mixit(
         config |= {"status": "ok", "steps": fitted.steps, "best_step": fitted.best_step}
         state = {name: tensor.cpu().contiguous() for name, tensor in separator.state_dict().items()}
         write_atomic(finished / "weights.safetensors", save(state))
+        if sed is not None:
+            config |= equip_blind(finished, source, sed)
         if fitted.seconds_per_step is not None:
             heard_per_step = 2 * params.batch_size * sum(train.seconds) / len(train.seconds)
             told["seconds_per_audio_hour"] = fitted.seconds_per_step / heard_per_step * 3600
@@ -239,6 +246,7 @@ def main() -> None:
     parser.add_argument("name", help="an entry of the section")
     parser.add_argument("--data", choices=["music", "anchors"], required=True)
     parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of train")
+    parser.add_argument("--sed", type=Path, help="detector, for use elsewhere; of anchors alone")
     parser.add_argument("--pretrained", type=Path, help="where stage pretrain_performer wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
@@ -249,7 +257,15 @@ def main() -> None:
     pretrained = args.pretrained / f"pretrained_{str(entry.params.pretrained).lower()}" if args.pretrained else None
     with running(f"train_mixit@{args.name}", args.out) as told:
         config = train_mixit(
-            entry, args.source, args.out, args.curve, params=params, music=music, pretrained=pretrained, told=told
+            entry,
+            args.source,
+            args.out,
+            args.curve,
+            params=params,
+            music=music,
+            pretrained=pretrained,
+            told=told,
+            sed=args.sed,
         )
         log.info("%s: %s", args.name, config)
 

@@ -22,22 +22,35 @@ def equip(folder: Path, network: QuerySeparator, anchors: Path, sed: Path) -> di
     """Write average queries and copies of stage sed's networks into `folder`; return the keys for its config.json."""
     index = AnchorIndex.load(anchors)
     reader = AnchorReader(anchors, index)
-    classes, queries = [], []
+    queries = []
     for class_index in sorted(set(index.table["class_index"].to_pylist())):
         rows = index.rows(class_index)
         queries.append(reader.queries(rows).astype(np.float64).mean(axis=0).astype(np.float32))
-        found = class_of(index.mids[rows[0]])
-        classes.append({"index": found.index, "mid": found.mid, "name": found.name})
     write_atomic(folder / QUERIES, save({"query": torch.from_numpy(np.stack(queries))}))
-    networks = {}
-    for part, source in ((ENCODER, sed / "query"), (DETECTOR, sed / "detector")):
-        weights = source / "weights.safetensors"
-        networks[part] = sha256_file(weights)
-        if weights.stat().st_size <= MAX_COPY_BYTES:
-            shutil.copytree(source, folder / part, dirs_exist_ok=True)
+    networks = {part: _copy(sed / source, folder / part) for part, source in ((ENCODER, "query"), (DETECTOR, DETECTOR))}
     network.segment_samples = index.segment_samples
     seconds = felt_seconds(network.eval(), index.query_dim, torch.device("cpu"))
-    return {"classes": classes, "context_seconds": seconds, **{f"{part}_sha256": s for part, s in networks.items()}}
+    found = {"classes": _classes(index), "context_seconds": seconds}
+    return found | {f"{part}_sha256": sha256 for part, sha256 in networks.items()}
+
+
+def equip_blind(folder: Path, anchors: Path, sed: Path) -> dict[str, Any]:
+    """Write a copy of stage sed's detector, which names what a separator without queries gives; return the keys."""
+    sha256 = _copy(sed / DETECTOR, folder / DETECTOR)
+    return {"classes": _classes(AnchorIndex.load(anchors)), f"{DETECTOR}_sha256": sha256}
+
+
+def _classes(index: AnchorIndex) -> list[dict[str, Any]]:
+    found = [class_of(index.mids[index.rows(i)[0]]) for i in sorted(set(index.table["class_index"].to_pylist()))]
+    return [{"index": one.index, "mid": one.mid, "name": one.name} for one in found]
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a network's folder if it is small; return the hash of its weights."""
+    weights = source / "weights.safetensors"
+    if weights.stat().st_size <= MAX_COPY_BYTES:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    return sha256_file(weights)
 
 
 def felt_seconds(
