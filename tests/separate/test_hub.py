@@ -16,7 +16,7 @@ from pipeline.separate import Separator, Unusable, hub
 from pipeline.separators.resunet import dropped_shapes, published_name
 from tests.stages.test_train_separator import trained
 
-SIZES = {"query_dim": 6, "n_fft": 256, "channels": [4, 4, 4, 4, 4, 4]}
+SIZES = {"query_dim": 6, "n_fft": 1024, "channels": [4, 4, 4, 4, 4, 4]}
 
 
 @pytest.fixture(scope="module")
