@@ -32,6 +32,7 @@ from typing import Any, TypeGuard
 
 import psutil
 import torch
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from benchmarks.mae import now
@@ -71,7 +72,7 @@ def query_dim(path: Path) -> int:
 def new(name: str, path: Path) -> QuerySeparator:
     """The network of that name, with random weights."""
     torch.manual_seed(0)
-    if name == BASELINE:
+    if name in YAML(typ="safe").load(path)["separators"]:
         entry = load_params(f"separators.{name}", SeparatorParams, path)
         return build(entry.architecture, query_dim=query_dim(path), **entry.model)
     mae = load_params(f"mae_separators.{name}", MaeSeparatorParams, path)

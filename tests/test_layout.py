@@ -210,7 +210,7 @@ def test_the_root_of_the_package_holds_packages_alone():
 
 def test_modules_are_found_under_the_names_they_had_before_the_packages():
     code = (
-        "import pipeline.config, pipeline.core.config as new; from pipeline import moms; from pipeline.music import scan;"
+        "import pipeline.config, pipeline.core.config as new, pipeline.music; from pipeline import moms;"
         "assert pipeline.config is new and new.__spec__.name == 'pipeline.core.config'; print(moms.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

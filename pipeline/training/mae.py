@@ -5,12 +5,13 @@ added to them: 20 log g in the log domain, exact but within 4 dB of the floor.
 """
 
 import io
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -140,11 +141,14 @@ class FilterBanks:
         """The clips of batch n, by number; every epoch has an order of its own."""
         count = len(self.clip_ids)
         items = range(n * size, (n + 1) * size)
-        orders = {
-            epoch: np.random.default_rng([seed, 0, epoch]).permutation(count)
-            for epoch in range(items[0] // count, items[-1] // count + 1)
-        }
+        orders = {epoch: _order(seed, epoch, count) for epoch in range(items[0] // count, items[-1] // count + 1)}
         return [int(orders[item // count][item % count]) for item in items]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
+    """The clips in the order of one epoch. Kept, for the next batches are of the same epoch."""
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def build_optimizer(model: nn.Module, params: PretrainParams) -> torch.optim.Optimizer:
@@ -154,7 +158,8 @@ def build_optimizer(model: nn.Module, params: PretrainParams) -> torch.optim.Opt
         {"params": [p for name, p in trained if p.ndim > 1 and not name.endswith(".bias")]},
         {"params": [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=params.learning_rate, betas=(0.9, 0.95), weight_decay=params.weight_decay)
+    rate, decay = params.learning_rate, params.weight_decay
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:

@@ -275,7 +275,7 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
         {"params": [p for p in trained if p.ndim > 1]},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, steps: int, final: float) -> float:
