@@ -17,8 +17,8 @@ from pipeline.core.runtime import DiskFull, write_together, writing
 from pipeline.training import loop as training
 from pipeline.training.loop import rows_on_disk
 from tests.corpora import write_anchors
-from tests.test_train_separator import run as train_separator
-from tests.test_training import Killed, run
+from tests.stages.test_train_separator import run as train_separator
+from tests.training.test_loop import Killed, run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_a_disk_without_room_for_rows_is_named_at_once(tmp_path, monkeypatch):
 
 def test_no_other_memory_map_is_made():
     made = [path.name for path in (ROOT / "pipeline").rglob("*.py") if "open_memmap(" in path.read_text()]
-    assert made == ["training.py"]
+    assert made == ["loop.py"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import stem_mp4
-from pipeline.audio import BadClip
+from pipeline.audio import BadClip, stem_mp4
 from pipeline.audio.stem_mp4 import BLOCK, StemStream
 from pipeline.datasets.music import split_stream, stream_path, tracks_of
 from pipeline.mixtures.tracks import BadFile, SegmentReader, _open, segments

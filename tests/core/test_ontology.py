@@ -59,7 +59,7 @@ def test_what_is_no_class_is_refused_by_name():
 
 def test_neither_the_data_sets_nor_scan_load_torch_or_read_a_file_at_import():
     code = (
-        "import sys; from pipeline.stages import scan; from pipeline import ontology\n"
+        "import sys; from pipeline.stages import scan; from pipeline.core import ontology\n"
         "from pipeline.datasets import audioset, esc50, fsd50k, synthetic\n"
         "assert ontology.classes.cache_info().currsize == 0\n"
         "sys.exit('torch' in sys.modules)"

@@ -9,18 +9,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from pipeline import upstreams
-from pipeline.audio import fbank, features
 from pipeline.evaluation import metrics
 from pipeline.mixtures import mixing
-from pipeline.nn import losses
+from pipeline.nn import fbank, features, losses
 from pipeline.nn.panns import SmallCnn
 from pipeline.separators import Batch, build, build_blind
 from pipeline.separators.performer import Pretrainer
 from pipeline.training.mae import MaskedAutoencoder
-from tests.test_conv_tasnet import TINY as CONV_TASNET
-from tests.test_mae_resunet import FUSIONS, SETTINGS, UNET
-from tests.test_performer import TINY as PERFORMER
-from tests.test_upstreams import SMALL
+from tests.separators.test_conv_tasnet import TINY as CONV_TASNET
+from tests.separators.test_mae_resunet import FUSIONS, SETTINGS, UNET
+from tests.separators.test_performer import TINY as PERFORMER
+from tests.upstreams.test_upstreams import SMALL
 
 SAMPLES = 64000
 MAE = {"dim": 64, "depth": 2, "heads": 2}

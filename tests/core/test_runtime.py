@@ -188,10 +188,10 @@ def test_what_has_no_stable_content_is_refused(tmp_path: Path) -> None:
 
 def test_a_fingerprint_is_of_the_code_that_runs(tmp_path: Path) -> None:
     package = tmp_path / "pipeline"
-    for name in ("", "stages"):
+    for name in ("", "core", "stages"):
         (package / name).mkdir(parents=True, exist_ok=True)
         (package / name / "__init__.py").touch()
-    (package / "runtime.py").write_bytes((ROOT / "pipeline" / "runtime.py").read_bytes())
+    (package / "core" / "runtime.py").write_bytes((ROOT / "pipeline" / "core" / "runtime.py").read_bytes())
     (package / "other.py").write_text("x = 1\n")
     (package / "stages" / "one.py").write_text(
         "from pipeline.core.runtime import fingerprint\nif __name__ == '__main__':\n    print(fingerprint())\n"

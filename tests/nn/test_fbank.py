@@ -11,8 +11,8 @@ import soundfile
 import torch
 from torchaudio.compliance import kaldi
 
-from pipeline.audio import fbank as ours
 from pipeline.audio import resample
+from pipeline.nn import fbank as ours
 from tests.golden.fill import arrays
 
 
@@ -95,7 +95,7 @@ def test_the_stored_original():
 ON_INTEL_MKL = """
 from tests.intel_mkl import take_intel_path
 take_intel_path()
-from tests.test_fbank import of_the_stored_original
+from tests.nn.test_fbank import of_the_stored_original
 print(*((found - expected).abs().max().item() for found, expected in of_the_stored_original()))
 """
 

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from pipeline.reporting.headline import headline, shares
 from pipeline.stages.report import report
-from tests.test_report import make_run
+from tests.stages.test_report import make_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from pipeline.reporting.published import (
 )
 from pipeline.stages.report import report
 from tests.corpora import write_anchors
-from tests.test_report import FEATURES, PARAMS, make_run, make_scores
+from tests.stages.test_report import FEATURES, PARAMS, make_run, make_scores
 
 RATE = 32000
 

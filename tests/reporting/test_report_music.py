@@ -17,7 +17,7 @@ from pipeline.reporting.gates import Bound, evaluate_gates
 from pipeline.reporting.inputs import read_timings
 from pipeline.reporting.tables import DASH, ISOLATED, MINUS
 from pipeline.stages.report import MAX_PAGE_BYTES, Settings, report
-from tests.test_report import PARAMS, RATE, make_run, make_scores, write_model
+from tests.stages.test_report import PARAMS, RATE, make_run, make_scores, write_model
 
 ENTRY = {
     "architecture": "performer",

@@ -14,7 +14,7 @@ from pipeline.nn.fbank import to_16k
 from pipeline.nn.panns import SmallCnn
 from pipeline.upstreams import align, combine
 from pipeline.upstreams.mae import MaskedAutoencoder
-from tests.test_mae_resunet import SETTINGS, UNET
+from tests.separators.test_mae_resunet import SETTINGS, UNET
 
 CONVOLUTIONS = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
