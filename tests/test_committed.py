@@ -35,8 +35,14 @@ def metrics():
 
 
 @pytest.fixture(scope="module")
-def entries(settings):
-    return music.read_entries(REPORTS / "stages", settings.mixit or {}, {})
+def entries(settings, metrics):
+    """The entries from their summaries, with the intervals of metrics.json: their scores are not committed."""
+    found = {
+        name: {key.removeprefix(f"mixit.{name}."): x for key, x in metrics.items() if key.startswith(f"mixit.{name}.")}
+        for name in settings.mixit or {}
+    }
+    intervals = {name: {k: x for k, x in own.items() if k[-6:] in ("_ci_lo", "_ci_hi")} for name, own in found.items()}
+    return music.read_entries(REPORTS / "stages", settings.mixit or {}, {}, intervals)
 
 
 @pytest.fixture(scope="module")

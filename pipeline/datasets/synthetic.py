@@ -63,9 +63,9 @@ class Options(Params):
     """Section `synthetic:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
-    train_clips_per_class: int = Field(ge=1)
+    train_clips_per_class: int = Field(ge=1, le=100_000)
     """Clips made for each of the classes; a clip has other classes too, so that a class has about twice as many."""
-    eval_clips_per_class: int = Field(ge=1)
+    eval_clips_per_class: int = Field(ge=1, le=100_000)
     defective: bool
     """Also a handful of clips whose files are broken."""
 

@@ -14,99 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from pipeline.evaluation.statistics import Design, Statistic, class_intervals, mean_over_classes, resample
+from pipeline.evaluation.statistics import (
+    AGGREGATES,
+    Design,
+    Statistic,
+    class_intervals,
+    finite_mean,
+    mean_over_classes,
+    resample,
+)
 
 METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar")
-AGGREGATES = ("median", "mean")
-LEVELS = (2.5, 97.5)  # percent: a 95 % interval
 SCHEMA = 1  # of metrics.json; raised when a key changes its meaning
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """Per-class statistic of one column: on the sample itself, and on each bootstrap resample of it."""
-
-    point: Float[np.ndarray, " classes"]
-    resampled: Float[np.ndarray, "resamples classes"]
-
-
-def finite_mean(x: Float[np.ndarray, "*lead n"]) -> Float[np.ndarray, "*lead"]:
-    """Mean over the last axis of what is not NaN; NaN where nothing is (numpy warns of that, and it is normal here)."""
-    defined = ~np.isnan(x)
-    total = np.where(defined, x, 0.0).sum(axis=-1)
-    count = defined.sum(axis=-1)
-    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-
-
-def interval(x: Float[np.ndarray, "resamples ..."]) -> Float[np.ndarray, "2 ..."]:
-    """Lower and upper end over the resamples. NaN where a statistic was undefined on the sample's every resample."""
-    flat = x.reshape(len(x), -1)
-    ends = np.full((2, flat.shape[1]), np.nan)
-    for column in range(flat.shape[1]):
-        values = flat[:, column]
-        if (values := values[~np.isnan(values)]).size:
-            ends[:, column] = np.percentile(values, LEVELS)
-    return ends.reshape(2, *x.shape[1:])
-
-
-def weighted_median(
-    values: Float[np.ndarray, " n"], weights: Int[np.ndarray, "draws n"]
-) -> Float[np.ndarray, " draws"]:
-    """Median of `values` with each taken `weights` times, for every row of weights; NaN where a row is all zero.
-
-    Repeating the values and sorting, draw by draw, gives the same and takes 40 times as long at 100 pairs.
-    """
-    order = np.argsort(values, kind="stable")
-    ranked = np.append(values[order], np.nan)  # an index one past the end means there was nothing to rank
-    last_rank = np.cumsum(weights[:, order], axis=1)  # (draws, n): how many values lie at or before this one
-    total = last_rank[:, -1:]
-    # 0-based ranks of the two middle values, the same one twice when the total is odd
-    lower = (last_rank <= (total - 1) // 2).sum(axis=1)
-    upper = (last_rank <= total // 2).sum(axis=1)
-    return np.where(total[:, 0] > 0, (ranked[lower] + ranked[upper]) / 2, np.nan)
-
-
-def cluster_bootstrap(
-    columns: Mapping[str, Float[np.ndarray, " pairs"]],
-    class_index: Int[np.ndarray, " pairs"],
-    cluster: Int[np.ndarray, " pairs"],
-    *,
-    n_resamples: int,
-    seed: int,
-) -> dict[tuple[str, str], Resampled]:
-    """Per-class median and mean of each column, under resampling of the clusters within each class.
-
-    Returned by (column, "median" | "mean"), classes in ascending order. A class draws from its own stream,
-    SeedSequence([seed, class_index]): its interval does not change when another class joins.
-    """
-    classes = np.unique(class_index)
-    result = {
-        (name, kind): Resampled(np.full(len(classes), np.nan), np.full((n_resamples, len(classes)), np.nan))
-        for name in columns
-        for kind in AGGREGATES
-    }
-    for position, index in enumerate(classes):
-        rows = np.flatnonzero(class_index == index)
-        clusters, member = np.unique(cluster[rows], return_inverse=True)
-        rng = np.random.default_rng([seed, int(index)])
-        # How often each cluster is drawn: the counts say all that a list of drawn clusters would.
-        draws = rng.multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), size=n_resamples)
-        weights = draws[:, member]  # (resamples, pairs of the class)
-        for name, values in columns.items():
-            x = values[rows]
-            defined = ~np.isnan(x)
-            if not defined.any():
-                continue
-            x, w = x[defined], weights[:, defined]
-            total = w.sum(axis=1)
-            mean = np.divide(w @ x, total, out=np.full(n_resamples, np.nan), where=total > 0)
-            result[name, "median"].point[position] = np.median(x)
-            result[name, "median"].resampled[:, position] = weighted_median(x, w)
-            result[name, "mean"].point[position] = x.mean()
-            result[name, "mean"].resampled[:, position] = mean
-    return result
 
 
 def wilcoxon_p(difference: Float[np.ndarray, " classes"]) -> float:

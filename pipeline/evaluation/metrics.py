@@ -51,15 +51,6 @@ def sdr(estimate: Float[Tensor, "*batch time"], reference: Float[Tensor, "*batch
     return 10 * torch.log10(signal_energy / error.square().mean(dim=-1).clamp(min=ENERGY_FLOOR))
 
 
-def sdr_improvement(
-    estimate: Float[Tensor, "*batch time"],
-    reference: Float[Tensor, "*batch time"],
-    mixture: Float[Tensor, "*batch time"],
-) -> Float[Tensor, "*batch"]:
-    """By how many dB the estimate is nearer to the reference than the mixture is. Returning the mixture scores 0."""
-    return sdr(estimate, reference) - sdr(mixture, reference)
-
-
 def si_sdr(estimate: Float[Tensor, "*batch time"], reference: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch"]:
     """Scale-invariant SDR in dB, within ±100 dB; NaN where the estimate or the reference is all zeros.
 

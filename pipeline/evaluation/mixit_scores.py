@@ -11,21 +11,24 @@ The best assignment looks at the references: these are upper bounds of what a us
 than 2^20 assignments (12 outputs to 4 stems), it is that of least squares, which is a lower one.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.evaluation.bootstrap import cluster_bootstrap, finite_mean, interval
 from pipeline.evaluation.masks import effective_sources, mask_energies, mask_overlap, signal_energies
 from pipeline.evaluation.metrics import bss_eval_sources, sdr, si_sdr
+from pipeline.evaluation.statistics import finite_mean
 from pipeline.nn.losses import MAX_ASSIGNMENTS, Objective, Search, best_assignment, mixit_loss, remix
 
 MAX_SNR_DB = 30.0  # of the mixture-of-mixtures SNR, as of the training loss
 MAX_SI_SNR_DB = 100.0
-N_RESAMPLES, BOOTSTRAP_SEED = 1000, 0
+
+# Names of the scores, in the order of a summary.
+MOM_SCORES = ("snr", "si_snr", "do_nothing_snr", "do_nothing_si_snr", "snr_above_do_nothing")
+MASK_SCORES = ("overlap", "ne_mask", "ne_energy")
+STEM_SCORES = ("si_snri", "si_snr", "sdr", "sir", "sar")
+PAIR_SCORES = (("sdri", "median"), ("sdri", "mean"), ("si_sdri", "median"), ("si_sdri", "mean"))
 
 
 def mom_scores(
@@ -91,8 +94,7 @@ def stem_scores(
     An item has `n_stems` stems, two at least; silence lies behind them. NaN where a score is undefined, and for BSS
     Eval without filter length.
     """
-    names = ("si_snr", "si_snri", "sdr", "sir", "sar")
-    found = {name: np.full(len(estimates), np.nan) for name in names}
+    found = {name: np.full(len(estimates), np.nan) for name in STEM_SCORES}
     for count in np.unique(n_stems).tolist():
         rows = np.flatnonzero(n_stems == count)
         references = stems[torch.from_numpy(rows), :count]
@@ -124,32 +126,3 @@ def pair_scores(
     found["sdri"] = found["sdr"] - found["sdr_mixture"]
     found["si_sdri"] = found["si_sdr"] - found["si_sdr_mixture"]
     return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def mean_with_interval(values: Float[np.ndarray, " items"], clusters: Sequence[str]) -> dict[str, float] | None:
-    """{mean, ci_lo, ci_hi}: a 95 % interval under resampling of the clusters (tracks, clips); None: all undefined."""
-    values = np.asarray(values, float)
-    if np.isnan(values).all():
-        return None
-    cluster = np.unique(np.array(clusters, dtype=str), return_inverse=True)[1]
-    drawn = cluster_bootstrap(
-        {"x": values}, np.zeros(len(values), np.int64), cluster, n_resamples=N_RESAMPLES, seed=BOOTSTRAP_SEED
-    )["x", "mean"]
-    low, high = interval(drawn.resampled[:, :1])[:, 0]
-    return {"mean": round(float(drawn.point[0]), 4), "ci_lo": round(float(low), 4), "ci_hi": round(float(high), 4)}
-
-
-def classes_with_interval(
-    values: Float[np.ndarray, " pairs"], class_index: Int[np.ndarray, " pairs"], clips: Sequence[str], kind: str
-) -> dict[str, float] | None:
-    """Mean over the classes of the per-class `kind` (median or mean), its clips resampled as in the report; None: all
-    undefined.
-    """
-    if np.isnan(values).all():
-        return None
-    cluster = np.unique(np.array(clips, dtype=str), return_inverse=True)[1]
-    drawn = cluster_bootstrap({"x": values}, class_index, cluster, n_resamples=N_RESAMPLES, seed=BOOTSTRAP_SEED)
-    found = drawn["x", kind]
-    low, high = interval(finite_mean(found.resampled)[:, None])[:, 0]
-    mean = float(finite_mean(found.point))
-    return {"mean": round(mean, 4), "ci_lo": round(float(low), 4), "ci_hi": round(float(high), 4)}

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core.config import SECTIONS, Params, load_params
 from pipeline.core.runtime import cpu_count, outside, run_command, write_atomic
+from pipeline.experiments.sizes import check_sizes
 
 ENTRIES = ("separators", "mae_separators", "mixit_music", "mixit_anchors")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*", re.ASCII)
@@ -279,6 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     document = check_params(args.params)
     check_gates(document)
+    check_sizes(document)
     check_files(document)
     for line in check_machine(document):
         print(line, flush=True)

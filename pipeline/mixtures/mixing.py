@@ -40,8 +40,8 @@ class PairsParams(Params):
     exclude: Literal["none", "label", "ontology"]
     normalize: Normalize
     match_energy: bool
-    min_gain: float = Field(gt=0)
-    max_gain: float = Field(gt=0)
+    min_gain: float = Field(gt=0, le=10**6)
+    max_gain: float = Field(gt=0, le=10**6)
 
     @model_validator(mode="after")
     def _ordered(self) -> "PairsParams":

@@ -82,9 +82,9 @@ class MusicParams(Params):
     split: Literal["track", "report", "source"]
     fractions: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=3, max_length=3)
     seed: int = Field(ge=0, lt=2**31)
-    segment_seconds: list[float] = Field(min_length=1)
-    hop_seconds: float | None
-    sample_rate: int = Field(gt=0)
+    segment_seconds: list[Annotated[float, Field(gt=0, le=3600)]] = Field(min_length=1)
+    hop_seconds: float | None = Field(gt=0, le=3600)
+    sample_rate: int = Field(gt=0, le=768_000)
     max_bad_fraction: float = Field(ge=0, le=1)
     synthetic_stems: dict[str, Any]
 

@@ -36,10 +36,10 @@ def orthogonal_features(n_features: int, dim: int, generator: torch.Generator) -
     """
     blocks = []
     for _ in range(-(-n_features // dim)):
-        basis, triangle = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+        basis, triangle = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu"))
         # QR leaves the signs to the library. This choice makes the basis uniform over the rotations.
         blocks.append((basis * triangle.diagonal().sign()).T)
-    length = torch.randn(n_features, dim, generator=generator, dtype=torch.float64).norm(dim=1)
+    length = torch.randn(n_features, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=1)
     return (torch.cat(blocks)[:n_features] * length[:, None]).float()
 
 
@@ -301,7 +301,7 @@ class PerformerEncoder(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.redraw(0, int(torch.randint(2**31, ())))
+        self.redraw(0, int(torch.randint(2**31, (), device="cpu")))
 
     def forward(
         self,

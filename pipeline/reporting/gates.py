@@ -5,10 +5,11 @@ Needs neither torch nor matplotlib, so that CI has its answer in under a second.
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -17,6 +18,8 @@ from pipeline.core.config import Params
 
 class Bound(Params):
     """The range a number may lie in, ends included. Leaving out an end leaves it open, hence the two defaults."""
+
+    largest: ClassVar[float] = sys.float_info.max  # of metrics, some of which count operations
 
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)

@@ -9,7 +9,7 @@ does nothing, the stems, and the alarm.
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +167,14 @@ class Table:
 
 
 def read_entries(
-    summaries: Path, params: Mapping[str, Mapping[str, Any]], timings: Mapping[str, Mapping[str, int | float]]
+    summaries: Path,
+    params: Mapping[str, Mapping[str, Any]],
+    timings: Mapping[str, Mapping[str, int | float]],
+    intervals: Mapping[str, Mapping[str, float]],
 ) -> list[Entry]:
     """The entries of `mixit_music:` and `mixit_anchors:`, each with its `data`, in their order.
 
-    ValueError where one's name cannot be a file's.
+    `intervals` are those of mixit_intervals.py, by entry. ValueError where one's name cannot be a file's.
     """
     entries = []
     for name, entry in params.items():
@@ -184,7 +187,18 @@ def read_entries(
         for shorter in summary.get("shorter", []):
             shown = {**summary, "moms": None, "stems": None, "masks": None, "pairs": None, **shorter, "examples": []}
             entries.append(_entry(f"{name}@{shorter['segment_seconds']:g}s", entry, shown, {}))
-    return entries
+    return [
+        replace(
+            entry,
+            numbers=entry.numbers
+            | {
+                key: value
+                for key, value in intervals.get(entry.name, {}).items()
+                if key.removesuffix("_ci_lo").removesuffix("_ci_hi") in entry.numbers
+            },
+        )
+        for entry in entries
+    ]
 
 
 def _entry(name: str, entry: Mapping[str, Any], summary: Mapping[str, Any], timing: dict[str, int | float]) -> Entry:
@@ -223,11 +237,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, int | float]:
     found: dict[str, Any] = {key: summary.get(key) for key in ("n_parameters", "n_sources", "steps", "sample_rate")}
     for part, prefix in (("moms", ""), ("stems", "stem_"), ("masks", ""), ("pairs", "pairs_")):
         for key, value in (summary.get(part) or {}).items():
-            name = f"n_{part}" if key == "n" else f"{prefix}{key}"
-            if isinstance(value, Mapping):
-                found |= {name if end == "mean" else f"{name}_{end}": number for end, number in value.items()}
-            else:
-                found[name] = value
+            found[f"n_{part}" if key == "n" else f"{prefix}{key}"] = value
     return {
         key: round(value, 6) if isinstance(value, float) else value
         for key, value in found.items()

@@ -87,10 +87,10 @@ class EvaluateParams(Params):
     """Section `evaluate:` of params.yaml."""
 
     batch_size: int = Field(gt=0, le=65_536)
-    pairs_per_part: int = Field(gt=0)
+    pairs_per_part: int = Field(gt=0, le=10**6)
     bss: bool
-    bss_filter_samples: int = Field(gt=1)
-    n_examples: int = Field(ge=0)
+    bss_filter_samples: int = Field(gt=1, le=4096)
+    n_examples: int = Field(ge=0, le=10_000)
     device: Literal["auto", "cpu", "cuda"]
 
 

@@ -70,7 +70,7 @@ class MineAnchorsParams(Params):
     """Section `mine_anchors:` of params.yaml."""
 
     mode: Literal["area", "random"]
-    smoothing_seconds: float = Field(gt=0)
+    smoothing_seconds: float = Field(gt=0, le=3600)
     min_score: float = Field(ge=0, le=1)
     min_purity: float = Field(ge=0, le=1)
     min_relative_energy: float = Field(ge=0, le=1)

@@ -35,6 +35,7 @@ from pipeline.reporting.inputs import (
     read_summaries,
     read_timings,
 )
+from pipeline.reporting.mixit_intervals import read_intervals
 from pipeline.reporting.provenance import provenance
 from pipeline.reporting.scores import QUERIES, listed_models, read_scores
 
@@ -47,7 +48,7 @@ MAX_PAGE_BYTES = 950_000
 class ReportParams(Params):
     """Section `report:` of params.yaml."""
 
-    bootstrap_resamples: int = Field(gt=1)
+    bootstrap_resamples: int = Field(gt=1, le=100_000)
     bootstrap_seed: int = Field(ge=0, lt=2**31)
     min_targets: int = Field(ge=0)
     max_lost: float = Field(ge=0, le=1)
@@ -350,7 +351,9 @@ def report(places: Places, out: Path, settings: Settings) -> dict[str, int | flo
     pretraining = read_summaries(places.summaries, ["pretrain_mae"])["pretrain_mae"]
     metrics |= encoder.encoder_metrics(pretraining, probes, configs)
     timings = read_timings(places.timings, _items(settings))
-    unsupervised = music.read_entries(places.summaries, settings.mixit or {}, timings)
+    drawn = {"n_resamples": settings.report.bootstrap_resamples, "seed": settings.report.bootstrap_seed}
+    intervals = read_intervals(places.mixit_scores, list(settings.mixit or {}), **drawn)
+    unsupervised = music.read_entries(places.summaries, settings.mixit or {}, timings, intervals)
     pretraining_music = music.read_pretraining(places.summaries) if settings.mixit else {}
     for text in [*music.alarms(unsupervised), *music.idlers(unsupervised)]:
         log.warning(text)

@@ -71,7 +71,7 @@ class ResampleParams(Params):
     format: Literal["flac", "wav"]
     n_shards: int = Field(gt=0, le=100_000)
     max_bad_fraction: float = Field(ge=0, le=1)
-    silence_db: float = Field(le=0)
+    silence_db: float = Field(ge=-300, le=0)
 
 
 class TooManyBadClips(RuntimeError):

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -57,16 +57,16 @@ class SedParams(Params):
     query_weights: str | None
     query_weights_sha256: str | None
     seed: int = Field(ge=0, lt=2**31)
-    channels: list[int] = Field(min_length=1)
-    embedding_dim: int = Field(gt=0)
+    channels: list[Annotated[int, Field(gt=0, le=16_384)]] = Field(min_length=1, max_length=16)
+    embedding_dim: int = Field(gt=0, le=16_384)
     steps: int = Field(gt=0, le=10**9)
-    folds: int = Field(ge=0)  # 0: none; a single fold would leave nothing to train on
-    fold_steps: int = Field(gt=0)
+    folds: int = Field(ge=0, le=100)  # 0: none; a single fold would leave nothing to train on
+    fold_steps: int = Field(gt=0, le=10**9)
     batch_size: int = Field(gt=0, le=65_536)
     learning_rate: float = Field(gt=0, le=1)
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(ge=0, le=10**9)
     mixup: float = Field(ge=0, le=1)
-    gain_db: float = Field(ge=0)
+    gain_db: float = Field(ge=0, le=100)
     device: Literal["auto", "cpu", "cuda"]
 
     @field_validator("folds")

@@ -71,10 +71,10 @@ class TrainParams(Params):
     seed: int = Field(ge=0, lt=2**31)
     steps: int = Field(gt=0, le=10**9)
     batch_size: int = Field(gt=0, le=65_536)
-    segment_seconds: float = Field(gt=0)
+    segment_seconds: float = Field(gt=0, le=3600)
     query: Query
-    level_db: float = Field(ge=0)
-    equaliser_db: float = Field(ge=0)
+    level_db: float = Field(ge=0, le=100)
+    equaliser_db: float = Field(ge=0, le=100)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0, le=1)
     warmup: list[list[float]] = Field(min_length=1)

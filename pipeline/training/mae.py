@@ -41,14 +41,14 @@ EVAL_BATCH = 8
 class ModelParams(Params):
     """`pretrain_mae.model:` in params.yaml: the sizes."""
 
-    dim: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_ratio: float = Field(gt=0)
+    dim: int = Field(gt=0, le=16_384)
+    depth: int = Field(gt=0, le=128)
+    heads: int = Field(gt=0, le=1024)
+    mlp_ratio: float = Field(gt=0, le=64)
     decoder: Decoder
-    decoder_dim: int = Field(gt=0)
-    decoder_depth: int = Field(gt=0)
-    decoder_heads: int = Field(gt=0)
+    decoder_dim: int = Field(gt=0, le=16_384)
+    decoder_depth: int = Field(gt=0, le=128)
+    decoder_heads: int = Field(gt=0, le=1024)
 
 
 class PretrainParams(Params):
@@ -74,7 +74,7 @@ class PretrainParams(Params):
     recompute: bool
     log_every_steps: int = Field(gt=0)
     checkpoint_every_seconds: float = Field(gt=0)
-    n_reconstructions: int = Field(ge=0)
+    n_reconstructions: int = Field(ge=0, le=10_000)
     probe: ProbeParams
 
     @model_validator(mode="after")

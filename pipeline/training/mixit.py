@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ class MixitParams(Params):
     max_snr_db: float
     search: Search
     mom_snr_range: list[float] = Field(min_length=2, max_length=2)
-    max_stems: int = Field(ge=1)
+    max_stems: int = Field(ge=1, le=64)
     random_subsets: bool
     batch_size: int = Field(gt=0, le=65_536)
     learning_rate: float = Field(gt=0, le=1)
@@ -50,7 +50,7 @@ class MixitParams(Params):
     gradient_clip: float = Field(ge=0)
     redraw_every_steps: int = Field(ge=0)
     validate_every_steps: int | None = Field(gt=0)  # None: once an epoch
-    n_validation_moms: int = Field(gt=0)
+    n_validation_moms: int = Field(gt=0, le=10**6)
     patience: int = Field(ge=0)
     precision: Precision
     device: Literal["auto", "cpu", "cuda"]
@@ -63,8 +63,8 @@ class EntryParams(Params):
 
     architecture: str
     model: str
-    segment_seconds: list[float] | None = Field(min_length=1)
-    epochs: float = Field(gt=0)
+    segment_seconds: list[Annotated[float, Field(gt=0, le=3600)]] | None = Field(min_length=1)
+    epochs: float = Field(gt=0, le=10**6)
     pretrained: bool
     diversity: float = Field(ge=0)
     sparsity: float = Field(ge=0)
@@ -75,9 +75,9 @@ class PretrainPerformerParams(Params):
     """Section `pretrain_performer:` of params.yaml."""
 
     model: str
-    segment_seconds: float | None = Field(gt=0)
+    segment_seconds: float | None = Field(gt=0, le=3600)
     seed: int = Field(ge=0, lt=2**31)
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, le=10**6)
     batch_size: int = Field(gt=0, le=65_536)
     learning_rate: float = Field(gt=0, le=1)
     final_learning_rate: float = Field(ge=0)
@@ -86,12 +86,12 @@ class PretrainPerformerParams(Params):
     gradient_clip: float = Field(ge=0)
     mask_mode: Literal["token", "zero", "noise", "drop"]
     mask_ratio: float = Field(gt=0, lt=1)
-    mask_span: int = Field(ge=1)
+    mask_span: int = Field(ge=1, le=10**6)
     target: Literal["logmag", "wave"]
     loss_on: Literal["masked", "all"]
     redraw_every_steps: int = Field(ge=0)
     validate_every_steps: int | None = Field(gt=0)
-    n_validation_mixtures: int = Field(gt=0)
+    n_validation_mixtures: int = Field(gt=0, le=10**6)
     patience: int = Field(ge=0)
     precision: Precision
     device: Literal["auto", "cpu", "cuda"]

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.core.config import Params
+from pipeline.core.config import Params, Size
 from pipeline.core.runtime import outside, read_json
 from pipeline.core.weights import read_tensors
 from pipeline.nn.fbank import SAMPLE_RATE as RATE_16K
@@ -38,7 +38,7 @@ class Options(Params):
 
     weights: str = Field(min_length=1)  # a folder, or "random"
     sha256: str | None  # of the file with the weights; it must be said for a folder
-    config: dict[str, Any]  # the library's own, used for random weights
+    config: dict[str, Size | list[Size]]  # the library's own, used for random weights
 
 
 class TransformersUpstream(upstreams.Upstream):

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.core.config import Params
+from pipeline.core.config import Params, Size
 from pipeline.core.devices import exact_float32
 from pipeline.core.weights import read_tensors
 from pipeline.nn.fbank import to_16k
@@ -29,7 +29,7 @@ class Options(Params):
 
     weights: str = Field(min_length=1)  # a published .pt, or "random"
     sha256: str | None
-    config: dict[str, Any]  # embed_dim, depth, num_heads: of the file too (base: 768, 12, 12)
+    config: dict[str, Size | list[Size]]  # embed_dim, depth, num_heads: of the file too (base: 768, 12, 12)
 
 
 class Upstream(upstreams.Upstream):

@@ -9,8 +9,6 @@ import torch
 from pipeline.evaluation import mixit_scores
 from pipeline.evaluation.metrics import bss_eval, sdr, si_sdr
 from pipeline.evaluation.mixit_scores import (
-    classes_with_interval,
-    mean_with_interval,
     mom_scores,
     pair_scores,
     stem_scores,
@@ -215,45 +213,3 @@ def test_a_pair_whose_target_gets_no_output_scores_0_db_and_no_si_sdr():
     assert found["sdr"] == pytest.approx([0.0])
     assert found["sdri"] == pytest.approx([0.0], abs=1e-4)  # the mixture at equal levels is at 0 dB too
     assert np.isnan(found["si_sdri"]).all()
-
-
-# ----------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_the_mean_lies_in_its_interval_which_narrows_with_more_clusters():
-    values = np.random.default_rng(0).normal(3.0, 1.0, 400)
-    many = mean_with_interval(values, [str(i) for i in range(400)])
-    few = mean_with_interval(values, [str(i % 8 // 4 + i // 100) for i in range(400)])
-    assert many["mean"] == pytest.approx(values.mean(), abs=1e-4)
-    assert many["ci_lo"] < many["mean"] < many["ci_hi"]
-    # 1.96 standard errors on either side
-    assert many["ci_hi"] - many["ci_lo"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
-    assert few["mean"] == many["mean"]
-    assert mean_with_interval(values, [str(i) for i in range(400)]) == many
-
-
-def test_pieces_of_one_track_count_as_one():
-    tracks = np.random.default_rng(0).normal(0.0, 1.0, 20)
-    once = mean_with_interval(tracks, [str(i) for i in range(20)])
-    often = mean_with_interval(np.repeat(tracks, 50), [str(i) for i in range(20) for _ in range(50)])
-    naive = mean_with_interval(np.repeat(tracks, 50), [str(i) for i in range(1000)])
-    assert often["ci_hi"] - often["ci_lo"] == pytest.approx(once["ci_hi"] - once["ci_lo"], rel=0.01)
-    assert naive["ci_hi"] - naive["ci_lo"] < 0.3 * (once["ci_hi"] - once["ci_lo"])
-    one = mean_with_interval(tracks, ["a"] * 20)
-    assert one["ci_lo"] == one["mean"] == one["ci_hi"]
-
-
-def test_undefined_values_are_left_out_and_nothing_else_is_made_of_them():
-    values, clusters = np.array([1.0, np.nan, 3.0, 5.0]), ["a", "b", "c", "d"]
-    assert mean_with_interval(values, clusters)["mean"] == 3.0
-    assert mean_with_interval(np.full(3, np.nan), clusters[:3]) is None
-    assert mean_with_interval(np.array([]), []) is None
-    assert classes_with_interval(np.full(3, np.nan), np.arange(3), clusters[:3], "median") is None
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("median", (2 + 10) / 2), ("mean", (4 + 10) / 2)])
-def test_each_class_counts_the_same(kind, expected):
-    values = np.array([1.0, 2.0, 9.0, 10.0, np.nan])
-    found = classes_with_interval(values, np.array([3, 3, 3, 7, 9]), list("abcde"), kind)
-    assert found["mean"] == expected
-    assert found["ci_lo"] <= found["mean"] <= found["ci_hi"]

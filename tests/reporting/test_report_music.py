@@ -43,8 +43,29 @@ MUSIC = f"music, {ISOLATED}"
 FILES = {"mixit.md", "mixit_length.svg", "mixit_training.svg", "mixit_pretraining.svg"}
 
 
-def about(mean, width=0.5):
-    return {"mean": mean, "ci_lo": mean - width, "ci_hi": mean + width}
+def intervals_of(summary):
+    """Intervals of half a dB on either side of every number of a summary, of overlaps 0.01."""
+    found = {}
+    for part, prefix in (("moms", ""), ("stems", "stem_"), ("masks", ""), ("pairs", "pairs_")):
+        for key, value in (summary.get(part) or {}).items():
+            if isinstance(value, float):
+                width = 0.01 if key == "overlap" else 0.5
+                found |= {f"{prefix}{key}_ci_lo": value - width, f"{prefix}{key}_ci_hi": value + width}
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_intervals():
+    """The report is given the intervals above: tests/reporting/test_mixit_intervals.py is about the true ones."""
+
+    def read(scores, names, **_):
+        found = [path for name in names for path in scores.parents[1].rglob(f"evaluate_mixit_{name}.json")]
+        summaries = {path.stem.removeprefix("evaluate_mixit_"): json.loads(path.read_text()) for path in found}
+        return {name: intervals_of(summary) for name, summary in summaries.items()}
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("pipeline.stages.report.read_intervals", read)
+        yield
 
 
 def summary_of(name, snr=8.0, overlap=0.1, **changes):
@@ -61,28 +82,28 @@ def summary_of(name, snr=8.0, overlap=0.1, **changes):
         "steps": 300,
         "moms": {
             "n": 64,
-            "snr": about(snr),
-            "si_snr": about(snr - 2),
-            "do_nothing_snr": about(2.98),
-            "do_nothing_si_snr": about(-0.03),
-            "snr_above_do_nothing": about(snr - 2.98),
+            "snr": snr,
+            "si_snr": snr - 2,
+            "do_nothing_snr": 2.98,
+            "do_nothing_si_snr": -0.03,
+            "snr_above_do_nothing": snr - 2.98,
         },
         "stems": {
             "n": 32,
-            "si_snri": about(4.25),
-            "si_snr": about(1.5),
-            "sdr": about(5.5),
+            "si_snri": 4.25,
+            "si_snr": 1.5,
+            "sdr": 5.5,
             "sir": None,
-            "sar": about(float("nan")),
+            "sar": float("nan"),
             "n_undefined": 2,
         },
-        "masks": {"overlap": about(overlap, 0.01), "ne_mask": about(2.49), "ne_energy": about(2.1)},
+        "masks": {"overlap": overlap, "ne_mask": 2.49, "ne_energy": 2.1},
         "pairs": None,
         "examples": [],
     }
     if entry["data"] == "anchors":
-        numbers = {key: about(6.66) for key in ("sdri_class_median_mean", "sdri_class_mean_mean")}
-        summary["pairs"] = {"n": 1234, "n_classes": 3, **numbers, "si_sdri_class_median_mean": about(5.55)}
+        numbers = {key: 6.66 for key in ("sdri_class_median_mean", "sdri_class_mean_mean")}
+        summary["pairs"] = {"n": 1234, "n_classes": 3, **numbers, "si_sdri_class_median_mean": 5.55}
         summary["stems"] = None
     return {**summary, **changes}
 
@@ -162,7 +183,7 @@ def run(tmp_path_factory):
 def entries_of(tmp_path, summaries, params=ENTRIES):
     for name, summary in summaries.items():
         (tmp_path / f"evaluate_mixit_{name}.json").write_text(json.dumps(summary))
-    return music.read_entries(tmp_path, params, {})
+    return music.read_entries(tmp_path, params, {}, {name: intervals_of(one) for name, one in summaries.items()})
 
 
 def rows_of(text, title):
@@ -267,7 +288,7 @@ def test_table_1_holds_every_length_of_both_and_what_doing_nothing_scores(run):
 
 def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
     other = summary_of("pretrained_3")
-    other["moms"]["do_nothing_snr"] = about(2.5)
+    other["moms"]["do_nothing_snr"] = 2.5
     entries = entries_of(tmp_path, {"performer_3": summary_of("performer_3"), "pretrained_3": other})
     first = music.report_tables(entries, {})[0]
     names = [str(line.cells[0]) for line in first.lines if line.kind == "baseline"]
@@ -522,7 +543,7 @@ def test_whether_an_entry_would_fit_is_not_told_by_its_pretraining(tmp_path):
     timing = {"train_mixit@pretrained_3": {"seconds": 1.0, "peak_rss_bytes": 5e8}}
     ran_out = {**out_of_memory("pretrained_3"), "pretraining": "out_of_memory"}
     (tmp_path / "evaluate_mixit_pretrained_3.json").write_text(json.dumps(ran_out))
-    entries = music.read_entries(tmp_path, {"pretrained_3": ENTRIES["pretrained_3"]}, timing)
+    entries = music.read_entries(tmp_path, {"pretrained_3": ENTRIES["pretrained_3"]}, timing, {})
     (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
     assert [str(cell) for cell in row.cells[4:9]] == ["out of memory in pretraining", *[DASH] * 4]
     assert music.memory_drawing(entries) == music.memory_drawing([])
@@ -565,7 +586,7 @@ def test_names_and_numbers_of_other_stages_stay_text(tmp_path):
 
 def test_an_entry_must_be_named_like_a_file(tmp_path):
     with pytest.raises(ValueError, match="letters, digits"):
-        music.read_entries(tmp_path, {"../x": ENTRY}, {})
+        music.read_entries(tmp_path, {"../x": ENTRY}, {}, {})
 
 
 def test_timings_are_in_the_order_of_the_graph(tmp_path):
@@ -687,7 +708,7 @@ def test_the_chart_of_lengths_has_the_quantity_of_the_source_reports_text(tmp_pa
 def test_an_entry_that_could_be_trained_and_not_evaluated_shows_what_training_took(tmp_path):
     timing = {"train_mixit@tasnet_3": {"minutes_per_epoch": 12.34, "cuda_allocated_bytes": 7e9}}
     (tmp_path / "evaluate_mixit_tasnet_3.json").write_text(json.dumps({**out_of_memory("tasnet_3"), "steps": 300}))
-    entries = music.read_entries(tmp_path, {"tasnet_3": ENTRIES["tasnet_3"]}, timing)
+    entries = music.read_entries(tmp_path, {"tasnet_3": ENTRIES["tasnet_3"]}, timing, {})
     (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
     assert str(row.cells[4]) == "12.3"
     assert "out of memory" not in music.memory_drawing(entries)

@@ -137,7 +137,7 @@ def opened(world, data):
 
 
 @pytest.mark.parametrize("data", ["music", "anchors"])
-def test_the_summary_has_every_number_with_its_interval(results, data):
+def test_the_summary_has_every_number(results, data):
     _, summary = results[data]
     assert {key: summary[key] for key in ("status", "steps", "segment_seconds", "sample_rate", "n_sources")} == {
         **{"status": "ok", "steps": 12, "segment_seconds": 0.25},
@@ -155,8 +155,7 @@ def test_the_summary_has_every_number_with_its_interval(results, data):
     if data == "anchors":
         assert (summary["pairs"]["n"], summary["pairs"]["n_classes"]) == (N_PAIRS, 4)
         numbers += [summary["pairs"][name] for name in summary["pairs"] if not name.startswith("n")]
-    for number in numbers:
-        assert number["ci_lo"] <= number["mean"] <= number["ci_hi"]
+    assert np.isfinite(numbers).all()
     assert (summary["moms"]["n"], summary["stems"]["n_undefined"]) == (7, 0)
     assert len(summary["examples"]) == 2
     json.dumps(summary, allow_nan=False)
@@ -184,8 +183,8 @@ def test_scores_of_mixtures_of_mixtures_are_those_of_each_worked_out_alone(world
         assert found[list(expected)].tolist() == pytest.approx([v.item() for v in expected.values()], abs=1e-3)
     assert (table["snr_above_do_nothing"] - (table["snr"] - table["do_nothing_snr"])).abs().max() < 1e-6
     for name in ("snr", "si_snr", "snr_above_do_nothing"):
-        assert summary["moms"][name]["mean"] == pytest.approx(table[name].mean(), abs=1e-3)
-    assert summary["masks"]["ne_energy"]["mean"] == pytest.approx(table["ne_energy"].mean(), abs=1e-3)
+        assert summary["moms"][name] == pytest.approx(table[name].mean(), abs=1e-3)
+    assert summary["masks"]["ne_energy"] == pytest.approx(table["ne_energy"].mean(), abs=1e-3)
 
 
 @pytest.mark.parametrize("data", ["music", "anchors"])
@@ -208,7 +207,7 @@ def test_scores_of_stems_are_those_of_each_mixture_worked_out_alone(world, resul
         assert (row.source, row.n_stems) == (batch.track_ids[0][0], count)
         assert row.target_recording == batch.recordings[0][0]
         assert row.si_snri == pytest.approx(gain.mean().item(), abs=1e-3)
-    assert summary["stems"]["si_snri"]["mean"] == pytest.approx(table["si_snri"].mean(), abs=1e-3)
+    assert summary["stems"]["si_snri"] == pytest.approx(table["si_snri"].mean(), abs=1e-3)
     assert table[["sdr", "sir", "sar"]].notna().all(axis=None)
 
 
@@ -240,9 +239,9 @@ def test_pairs_are_scored_by_the_best_assignment_of_outputs(world, results):
         of_pair = ("class_index", "target_clip", "target_recording", "interferer_recording")
         assert [getattr(found, name) for name in of_pair] == [getattr(pair, name) for name in of_pair]
     medians = table.groupby("class_index")["sdri"].median()
-    assert summary["pairs"]["sdri_class_median_mean"]["mean"] == pytest.approx(medians.mean(), abs=1e-3)
+    assert summary["pairs"]["sdri_class_median_mean"] == pytest.approx(medians.mean(), abs=1e-3)
     means = table.groupby("class_index")["sdri"].mean()
-    assert summary["pairs"]["sdri_class_mean_mean"]["mean"] == pytest.approx(means.mean(), abs=1e-3)
+    assert summary["pairs"]["sdri_class_mean_mean"] == pytest.approx(means.mean(), abs=1e-3)
 
 
 @pytest.mark.parametrize("data", ["music", "anchors"])
@@ -301,7 +300,7 @@ def test_without_bss_its_means_are_none_and_without_mixtures_there_are_no_stems(
     plain = PARAMS.model_copy(update={"bss": False, "n_examples": 0})
     summary = run(world, "music", tmp_path / "plain", plain)
     assert [summary["stems"][name] for name in ("sdr", "sir", "sar")] == [None] * 3
-    assert summary["stems"]["si_snri"]["mean"] is not None
+    assert summary["stems"]["si_snri"] is not None
     assert summary["examples"] == []
     summary = run(world, "music", tmp_path / "none", plain.model_copy(update={"n_mixtures": 0}))
     assert summary["stems"] is None

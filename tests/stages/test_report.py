@@ -17,15 +17,8 @@ from matplotlib.figure import Figure
 from scipy.io import wavfile
 
 from pipeline.core import ontology
-from pipeline.evaluation.bootstrap import (
-    cluster_bootstrap,
-    finite_mean,
-    interval,
-    per_class_csv,
-    summarise,
-    weighted_median,
-    wilcoxon_p,
-)
+from pipeline.evaluation.bootstrap import per_class_csv, summarise, wilcoxon_p
+from pipeline.evaluation.statistics import finite_mean
 from pipeline.reporting import charts, encoder, listening, page, sounds, tables
 from pipeline.reporting.gates import GateParams
 from pipeline.reporting.inputs import SplitData, ThinClass, flat_scalars, read_split
@@ -226,63 +219,6 @@ def two_models(*models, **kwargs):
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-@given(
-    st.lists(st.tuples(st.floats(-50, 50), st.integers(0, 4)), min_size=1, max_size=12),
-)
-def test_the_weighted_median_is_that_of_the_values_repeated(items):
-    values, weights = (np.array(x) for x in zip(*items, strict=True))
-    expected = np.median(np.repeat(values, weights)) if weights.any() else np.nan
-    result = weighted_median(values.astype(float), weights[None].astype(np.int64))
-    np.testing.assert_allclose(result, [expected], atol=1e-12)
-
-
-def test_the_bootstrap_is_that_of_a_loop_which_draws_clips_and_gathers_their_pairs():
-    rng = np.random.default_rng(5)
-    values, classes = rng.normal(size=40), np.repeat([2, 9], 20)
-    clip = rng.integers(0, 6, size=40)
-    result = cluster_bootstrap({"x": values}, classes, clip, n_resamples=30, seed=3)
-    for position, index in enumerate((2, 9)):
-        rows = np.flatnonzero(classes == index)
-        clips = np.unique(clip[rows])
-        counts = np.random.default_rng([3, index]).multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=30)
-        for r in range(30):
-            drawn = np.repeat(clips, counts[r])
-            gathered = np.concatenate([values[rows][clip[rows] == c] for c in drawn])
-            assert result["x", "median"].resampled[r, position] == pytest.approx(np.median(gathered))
-            assert result["x", "mean"].resampled[r, position] == pytest.approx(np.mean(gathered))
-        assert result["x", "median"].point[position] == np.median(values[rows])
-
-
-def test_pairs_of_one_clip_are_drawn_together():
-    """Ten pairs that are one sound ten times tell no more than one: the interval must not shrink."""
-    values = np.repeat(np.random.default_rng(0).normal(size=8), 10)
-    classes, clip = np.zeros(80, int), np.repeat(np.arange(8), 10)
-    together = cluster_bootstrap({"x": values}, classes, clip, n_resamples=400, seed=0)["x", "mean"]
-    apart = cluster_bootstrap({"x": values}, classes, np.arange(80), n_resamples=400, seed=0)["x", "mean"]
-    width = [float(np.ptp(interval(x.resampled))) for x in (together, apart)]
-    assert width[0] > 2.5 * width[1]
-
-
-def test_a_class_draws_the_same_whatever_other_classes_there_are():
-    values, clip = np.random.default_rng(0).normal(size=20), np.arange(20)
-    both = cluster_bootstrap({"x": values}, np.repeat([1, 2], 10), clip, n_resamples=9, seed=0)
-    alone = cluster_bootstrap({"x": values[10:]}, np.repeat([2], 10), clip[10:], n_resamples=9, seed=0)
-    np.testing.assert_array_equal(both["x", "median"].resampled[:, 1], alone["x", "median"].resampled[:, 0])
-
-
-def test_the_whole_audioset_evaluation_is_resampled_in_time():
-    import time
-
-    rng = np.random.default_rng(0)
-    classes = np.repeat(np.arange(527), 100)
-    clip = rng.integers(0, 57, size=52700) + 100 * classes
-    start = time.monotonic()
-    cluster_bootstrap(
-        {"a": rng.normal(size=52700), "b": rng.normal(size=52700)}, classes, clip, n_resamples=1000, seed=0
-    )
-    assert time.monotonic() - start < 30
-
-
 def test_aggregates_are_those_of_the_two_papers():
     scores = make_scores().assign(model="resunet")
     summary = summarise(scores, names_of(scores), n_resamples=20, seed=0)
@@ -349,7 +285,6 @@ def test_a_difference_is_taken_over_the_pairs_that_both_models_have():
 
 def test_finite_mean_of_nothing_is_nan_and_does_not_warn():
     np.testing.assert_array_equal(finite_mean(np.array([[1.0, np.nan, 3.0], [np.nan] * 3])), [2.0, np.nan])
-    assert np.isnan(interval(np.full((5, 1), np.nan))).all()
 
 
 def test_wilcoxon_needs_a_difference():

@@ -51,10 +51,10 @@ class Options(Params):
     """Section `music.synthetic_stems:` of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
-    n_tracks: int = Field(ge=1)
-    seconds: float = Field(gt=0)
+    n_tracks: int = Field(ge=1, le=100_000)
+    seconds: float = Field(gt=0, le=3600)
     """Of each track."""
-    sample_rate: int = Field(ge=8000)
+    sample_rate: int = Field(ge=8000, le=768_000)
 
 
 @dataclass(frozen=True)
