@@ -71,7 +71,9 @@ class SeedParams(Params):
 
 
 class BootstrapParams(Params):
-    """`report:` in params.yaml: the report's intervals and these are drawn alike."""
+    """What `report:` in params.yaml says of intervals: these are drawn as the report's are."""
+
+    model_config = ConfigDict(extra="ignore")
 
     bootstrap_resamples: int = Field(gt=1)
     bootstrap_seed: int = Field(ge=0, lt=2**31)

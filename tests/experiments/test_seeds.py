@@ -259,7 +259,9 @@ def test_the_command_writes_a_table_with_every_number(tmp_path, monkeypatch):
     for s in runs:
         runs[s]["again"] = make_scores(5 + 0.3 * s, seed=s + 50)
     folders = save(runs, tmp_path / "runs")
-    (tmp_path / "params.yaml").write_text("report: {bootstrap_resamples: 40, bootstrap_seed: 2}\n")
+    (tmp_path / "params.yaml").write_text(
+        "report: {bootstrap_resamples: 40, bootstrap_seed: 2, min_targets: 5, max_lost: 0.5}\n"
+    )
     monkeypatch.chdir(tmp_path)
     equivalent = ["--equivalent", "again", "resunet", "--equivalent", "mae", "resunet"]
     monkeypatch.setattr(sys, "argv", ["seeds", "--runs", *map(str, folders), "--out", "reports/seeds", *equivalent])
