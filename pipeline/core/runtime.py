@@ -77,12 +77,17 @@ def disk_full(path: Path) -> DiskFull:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it a full disk raises DiskFull, whatever library wrote: many name no file, and none the disk."""
+    """Within it a full disk raises DiskFull, whatever library wrote: many name no file, and none the disk.
+
+    What is larger than the file system or `ulimit -f` lets a file be has its name, too.
+    """
     try:
         yield
     except DiskFull:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG and error.filename is None:
+            error.filename = str(path)
         said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not said and "No space left on device" not in str(error) and "Disk quota exceeded" not in str(error):
             raise
@@ -288,7 +293,8 @@ def import_name(module: ModuleType) -> str:
 # ------------------------------------------------------------------------------------------- places, locks
 
 
-def _root() -> Path:
+def checkout() -> Path:
+    """The folder that this run belongs to: the repository's, which a temporary experiment's workspace shares."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
 
 
@@ -299,7 +305,7 @@ def outside(path: str | Path) -> Path:
     workspace that it is a copy of.
     """
     path = Path(path)
-    there = _root() / path
+    there = checkout() / path
     return there if not path.exists() and there.exists() else path
 
 
@@ -312,7 +318,7 @@ def scratch_dir(stage: str, fingerprint: str, keep: int = 1) -> Path:
     published.
     """
     _check_name(stage)
-    directory = _root() / "data" / "scratch" / stage / fingerprint
+    directory = checkout() / "data" / "scratch" / stage / fingerprint
     lock = _lock_beside(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if lock not in _held:
@@ -415,8 +421,8 @@ def log_to_stderr() -> None:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run the main function of a command or stage: what the user can mend is one line and exit status 2.
 
-    That is every ValueError and OSError, and AlreadyRunning. Ctrl-C is one line and exit status 130. USS_DEBUG=1 shows
-    where it happened; other exceptions, which are faults of the code, always do.
+    That is every ValueError and OSError, and AlreadyRunning, with the notes that were added to it. Ctrl-C is one line
+    and exit status 130. USS_DEBUG=1 shows where it happened; other exceptions, which are faults of the code, always do.
     """
     debug = os.environ.get("USS_DEBUG", "") not in ("", "0")
     if "DVC_STAGE" in os.environ and "USS_WHOLE_FILES" not in os.environ:  # a plain `dvc repro`, which we cannot mend
@@ -437,8 +443,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, AlreadyRunning, YAMLError) as error:
         if debug:
             raise
-        lines = (line.strip() for line in str(error).splitlines())
-        print(f"error: {'; '.join(line for line in lines if line) or type(error).__name__}", file=sys.stderr)
+        said = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+        lines = (line.strip() for text in said for line in text.splitlines())
+        print(f"error: {'; '.join(line for line in lines if line)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -474,7 +481,7 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     _check_name(stage)
     told: dict[str, float] = {}
     log_to_stderr()
-    locks = _root() / "data" / "scratch" / "locks"
+    locks = checkout() / "data" / "scratch" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     where = hashlib.sha256(os.fsencode(Path(out).resolve())).hexdigest()[:16]
     before = set(_held)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -412,6 +413,23 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, code, li
     monkeypatch.setenv("USS_DEBUG", "1")
     with pytest.raises(type(error)):
         runtime.run_command(main)
+
+
+def test_notes_of_an_error_are_in_its_line(monkeypatch, capsys):
+    """Who caught it on its way knew the part and the clip, which the error itself does not name."""
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.delenv("USS_DEBUG", raising=False)
+
+    def main():
+        error = runtime.disk_full(Path("here"))
+        error.add_note("clip 'a'\n")
+        error.add_note("in part '00001'")
+        raise error
+
+    with pytest.raises(SystemExit):
+        runtime.run_command(main)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*no space left on the disk at /.*'here'; clip 'a'; in part '00001'\n", said)
 
 
 def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
