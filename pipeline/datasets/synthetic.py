@@ -17,17 +17,15 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import logging
-import shutil
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -38,8 +36,9 @@ from pydantic import Field
 
 from pipeline.core import ontology
 from pipeline.core.config import Params
-from pipeline.core.runtime import cpu_count, write_atomic, write_json
+from pipeline.core.runtime import cpu_count, remove, write_atomic, write_json
 from pipeline.datasets import Clip, load
+from pipeline.datasets._generated import claim, is_there
 
 logger = logging.getLogger(__name__)
 
@@ -677,23 +676,18 @@ def _tables(options: Options) -> dict[str, str]:
 def prepare(root: Path, options: Options) -> None:
     """Bring the corpus of these options about under `root`; nothing happens where it is there already.
 
-    A run that was killed is continued. A corpus of other options, or of other code, is replaced. A folder with
-    anything else in it is left alone: ValueError.
+    A run that was killed is continued. A corpus of other options, or of other code, is replaced if this checkout made
+    it. A folder with anything else in it is left alone: ValueError.
     """
     identity = hashlib.sha256(options.model_dump_json().encode() + Path(__file__).read_bytes()).hexdigest()
     audio = root / "audio"
-    state = _state(root)
-    if state.get("identity") != identity:
-        if audio.exists():
-            shutil.rmtree(audio)
-        state = {"identity": identity}
-        write_json(root / MARKER, state)
+    state = claim(root, MARKER, identity, partial(remove, audio), param="data.root", source="the synthetic corpus")
     sizes = state.get("sizes", {})
     listed = [entry for entry in entries(options) if entry.suffix is not None]
     # Files are renamed into place whole: one of a run that was killed is good if it is there.
-    todo = [entry for entry in listed if not _is_there(audio / entry.name, sizes.get(entry.name))]
+    todo = [entry for entry in listed if not is_there(audio / entry.name, sizes.get(entry.name))]
     tables = _tables(options)
-    if sizes and not todo and all(_is_there(root / name, len(text.encode())) for name, text in tables.items()):
+    if sizes and not todo and all(is_there(root / name, len(text.encode())) for name, text in tables.items()):
         logger.info("%s: all %d clips are there", root, len(listed))
         return
 
@@ -708,31 +702,7 @@ def prepare(root: Path, options: Options) -> None:
         write_atomic(root / name, text)
     # Last: a corpus with sizes in its marker is complete.
     sizes = {entry.name: (audio / entry.name).stat().st_size for entry in listed}
-    write_json(root / MARKER, {"identity": identity, "sizes": sizes})
-
-
-def _state(root: Path) -> dict[str, Any]:
-    """Read the marker of an earlier run; empty for a folder that may become a corpus."""
-    if root.exists() and not root.is_dir():
-        raise NotADirectoryError(f"data.root {str(root)!r} is not a folder")
-    marker = root / MARKER
-    if not marker.exists():
-        if root.exists() and (others := sorted(path.name for path in root.iterdir() if path.name[0] != ".")):
-            raise ValueError(
-                f"data.root {str(root)!r} holds files that the synthetic corpus did not make ({others[0]!r}); "
-                "give it an empty folder, or set data.source to what lies there"
-            )
-        return {}
-    try:
-        state = json.loads(marker.read_bytes())
-    except ValueError:
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def _is_there(path: Path, size: int | None) -> bool:
-    """Whether the file exists, and has this size where it is known."""
-    return path.is_file() and (size is None or path.stat().st_size == size)
+    write_json(root / MARKER, state | {"sizes": sizes})
 
 
 def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:

@@ -504,7 +504,7 @@ def content(root: Path) -> dict[str, str]:
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != synthetic.MARKER  # which says whose it is
     }
 
 
@@ -741,3 +741,32 @@ def test_what_soundfile_writes_is_told_by_its_content():
 )
 def test_a_kind_of_audio_is_told_by_how_its_content_begins(content, suffix):
     assert audio_suffix(content) == suffix
+
+
+def test_the_corpus_of_another_checkout_is_refused_in_one_line_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_file", lambda entry, seed: b"x")
+    other, mine, root = tmp_path / "other", tmp_path / "mine", tmp_path / "disk" / "corpus"
+    monkeypatch.setenv("DVC_ROOT", str(other))
+    synthetic.prepare(root, OPTIONS)
+    before = content(root)
+    monkeypatch.setenv("DVC_ROOT", str(mine))
+    synthetic.prepare(root, OPTIONS)  # the same corpus may be read by anybody
+    with pytest.raises(ValueError, match=rf"data\.root '{root}' holds what the checkout '{other}' has made") as caught:
+        synthetic.prepare(root, OPTIONS.model_copy(update={"seed": 8}))
+    assert "give this one another folder, or remove" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert content(root) == before
+    shutil.rmtree(root)  # as it says
+    synthetic.prepare(root, OPTIONS.model_copy(update={"seed": 8}))
+
+
+def test_a_checkout_that_is_moved_with_its_corpus_goes_on_owning_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_file", lambda entry, seed: b"x")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "old"))
+    synthetic.prepare(tmp_path / "old" / "data" / "corpus", OPTIONS)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "new"))
+    other = OPTIONS.model_copy(update={"seed": 8})
+    synthetic.prepare(tmp_path / "new" / "data" / "corpus", other)
+    with pytest.raises(ValueError, match="another folder"):
+        synthetic.prepare(tmp_path / "old" / "data" / "corpus", other)

@@ -282,7 +282,9 @@ OPTIONS = synthetic_stems.Options(seed=3, n_tracks=3, seconds=8.0, sample_rate=R
 
 
 def content(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    """Without the marker, which says whose it is."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name != synthetic_stems.MARKER]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +296,7 @@ def made(tmp_path_factory):
 
 def test_synthetic_stems_are_the_same_bytes_and_made_once(made, tmp_path):
     before = content(made)
-    assert len(before) == 13
+    assert len(before) == 12
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     synthetic_stems.prepare(made, OPTIONS)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == times
@@ -337,6 +339,17 @@ def test_synthetic_stems_of_other_options_are_replaced_and_strangers_left_alone(
     put(tmp_path / "y/mine.wav", "")
     with pytest.raises(ValueError, match=r"did not make \('mine\.wav'\)"):
         synthetic_stems.prepare(tmp_path / "y", OPTIONS)
+
+
+def test_synthetic_stems_of_another_checkout_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "other"))
+    short = OPTIONS.model_copy(update={"seconds": 1.0})
+    synthetic_stems.prepare(tmp_path / "x", short)
+    before = content(tmp_path / "x")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match=rf"music\.root .* holds what the checkout '{tmp_path}/other' has made"):
+        synthetic_stems.prepare(tmp_path / "x", short.model_copy(update={"n_tracks": 1}))
+    assert content(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -14,14 +14,12 @@ libraries, whatever `n_tracks` is.
 
 import hashlib
 import io
-import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -32,6 +30,7 @@ from pydantic import Field
 from pipeline.audio import to_int16
 from pipeline.core.config import Params
 from pipeline.core.runtime import write_atomic, write_json
+from pipeline.datasets._generated import claim, is_there
 from pipeline.datasets.music import Track, load
 
 logger = logging.getLogger(__name__)
@@ -369,20 +368,23 @@ def _gate(song: Song, active: Bool[np.ndarray, " sections"], n: int, rate: int) 
 def prepare(root: Path, options: Options) -> None:
     """Bring the tracks of these options about under `root`; nothing happens where they are there already.
 
-    A run that was killed is continued. Tracks of other options, or of other code, are replaced. A folder with anything
-    else in it is left alone: ValueError.
+    A run that was killed is continued. Tracks of other options, or of other code, are replaced if this checkout made
+    them. A folder with anything else in it is left alone: ValueError.
     """
     identity = hashlib.sha256(options.model_dump_json().encode() + Path(__file__).read_bytes()).hexdigest()
-    state = _state(root)
-    names = [f"track{i:03}" for i in range(options.n_tracks)]
-    if state.get("identity") != identity:
+
+    def clear() -> None:
         for old in root.glob("track[0-9]*"):
             shutil.rmtree(old)
-        # First: what lies there from now on was made by these options.
-        state = {"identity": identity}
-        write_json(root / MARKER, state)
+
+    state = claim(root, MARKER, identity, clear, param="music.root", source="synthetic_stems")
+    names = [f"track{i:03}" for i in range(options.n_tracks)]
     sizes = state.get("sizes", {})
-    todo = [i for i, name in enumerate(names) if not all(_is_there(root, name, stem, sizes) for stem in STEMS)]
+    todo = [
+        i
+        for i, name in enumerate(names)
+        if not all(is_there(root / name / f"{stem}.wav", sizes.get(f"{name}/{stem}")) for stem in STEMS)
+    ]
     if sizes and not todo:
         logger.info("%s: all %d tracks are there", root, len(names))
         return
@@ -392,38 +394,13 @@ def prepare(root: Path, options: Options) -> None:
             # Renamed into place whole: a file of a run that was killed is good if it is there.
             write_atomic(root / names[i] / f"{stem}.wav", _wav(waveform, options.sample_rate))
     sizes = {f"{name}/{stem}": (root / name / f"{stem}.wav").stat().st_size for name in names for stem in STEMS}
-    write_json(root / MARKER, {"identity": identity, "sizes": sizes})
+    write_json(root / MARKER, state | {"sizes": sizes})
 
 
 def _wav(waveform: Float32[np.ndarray, " time"], rate: int) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, to_int16(waveform), rate, format="WAV", subtype="PCM_16")
     return file.getvalue()
-
-
-def _state(root: Path) -> dict[str, Any]:
-    """Read the marker of an earlier run; empty for a folder that may be filled."""
-    if root.exists() and not root.is_dir():
-        raise NotADirectoryError(f"music.root {str(root)!r} is not a folder")
-    marker = root / MARKER
-    if not marker.exists():
-        if root.exists() and (others := sorted(path.name for path in root.iterdir() if path.name[0] != ".")):
-            raise ValueError(
-                f"music.root {str(root)!r} holds files that synthetic_stems did not make ({others[0]!r}); "
-                "give it an empty folder, or set music.source to what lies there"
-            )
-        return {}
-    try:
-        state = json.loads(marker.read_bytes())
-    except ValueError:
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def _is_there(root: Path, name: str, stem: str, sizes: dict[str, int]) -> bool:
-    """Whether the file exists, and has the size that it was written with where that is known."""
-    path, size = root / name / f"{stem}.wav", sizes.get(f"{name}/{stem}")
-    return path.is_file() and (size is None or path.stat().st_size == size)
 
 
 def tracks(root: Path, counts: Counter[str] | None = None) -> Iterator[Track]:
