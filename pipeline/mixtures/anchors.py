@@ -120,6 +120,7 @@ class AnchorIndex:
             "class_index": self.class_index,
             "mids": self.mids,
             "clip_ids": self.clip_ids,
+            "recordings": self.recordings,
             "labels": self.labels,
         }
 

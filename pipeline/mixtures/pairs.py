@@ -42,9 +42,10 @@ class PairStream:
     class_index   of the anchor
     mids          the same class as AudioSet's id
     clip_ids      the clip it was cut from, which gives at most one anchor per class
+    recordings    the recording that the clip was cut from
     labels        all labels of that clip, mids joined by ;
 
-    The interferer is always of another class and from another clip. Beyond that, its clip
+    The interferer is always of another class and from another recording. Beyond that, its clip
     `none`      may carry anything: the target's own class too (in 24 % of the "Speech" pairs of Kong et al.);
     `label`     does not carry the target's class;
     `ontology`  nor `kin(mid)` of it: its ancestors and descendants.
@@ -58,6 +59,7 @@ class PairStream:
         class_index: Sequence[int] | Int[np.ndarray, " anchors"],
         mids: Sequence[str],
         clip_ids: Sequence[str],
+        recordings: Sequence[str],
         labels: Sequence[str],
         *,
         seed: int,
@@ -67,7 +69,8 @@ class PairStream:
         # Sorted, so that the order of the index does not matter. From here on an anchor is its place in this order.
         anchors = sorted(zip(map(int, class_index), clip_ids, mids, labels, range(len(mids)), strict=True))
         self._row = [anchor[4] for anchor in anchors]
-        self._clip = [anchor[1] for anchor in anchors]
+        clips = [anchor[1] for anchor in anchors]
+        self._recording = [recordings[row] for row in self._row]
         bits: dict[str, int] = {}
         masks: dict[str, int] = {}
         for joined in labels:
@@ -79,7 +82,7 @@ class PairStream:
         for place, (index, clip_id, mid, joined, _) in enumerate(anchors):
             if not masks[joined] & bits.get(mid, 0) or names.setdefault(index, mid) != mid:
                 raise ValueError(f"anchor of class {index} ({mid}) from clip {clip_id!r} labelled {joined!r}")
-            if (others := members.setdefault(index, [])) and self._clip[others[-1]] == clip_id:
+            if (others := members.setdefault(index, [])) and clips[others[-1]] == clip_id:
                 raise ValueError(f"clip {clip_id!r} has two anchors of class {index}")
             others.append(place)
         self._classes = list(members)  # ascending; from here on a class is its place in this list
@@ -139,19 +142,20 @@ class PairStream:
             others = [k for k in others if further < len(self._members[k])]
 
     def _may_meet(self, target: int, target_class: int, other: int) -> bool:
-        return self._clip[other] != self._clip[target] and not self._labels[other] & self._forbidden[target_class]
+        is_other = self._recording[other] != self._recording[target]
+        return is_other and not self._labels[other] & self._forbidden[target_class]
 
     def _has_interferers(self, target_class: int) -> bool:
-        """Whether every anchor of the class finds an interferer: two clips that may meet it always suffice."""
-        clips: set[str] = set()
+        """Whether every anchor of the class finds an interferer: two recordings that may meet it always suffice."""
+        recordings: set[str] = set()
         for k, members in enumerate(self._members):
             if k != target_class:
                 for other in members:
                     if not self._labels[other] & self._forbidden[target_class]:
-                        clips.add(self._clip[other])
-                    if len(clips) == 2:
+                        recordings.add(self._recording[other])
+                    if len(recordings) == 2:
                         return True
-        return bool(clips) and clips.isdisjoint(self._clip[a] for a in self._members[target_class])
+        return bool(recordings) and recordings.isdisjoint(self._recording[a] for a in self._members[target_class])
 
     def _order(self, permutation: int) -> tuple[list[int], list[int]]:
         """The classes in the order of this permutation, and where in it the targets are."""

@@ -21,15 +21,26 @@ def kin(mid: str) -> set[str]:
 
 
 def columns(clips: dict[str, str]) -> dict[str, list]:
-    """An index with an anchor for each label of each clip, from {clip_id: "label;label"}."""
-    rows = [(NAMES.index(mid), mid, clip, labels) for clip, labels in clips.items() for mid in labels.split(";")]
-    return dict(zip(["class_index", "mids", "clip_ids", "labels"], map(list, zip(*rows, strict=True)), strict=True))
+    """An index with an anchor for each label of each clip, from {clip_id: "label;label"}.
+
+    What is before a / in a clip's name is its recording; without one, it has a recording for itself.
+    """
+    rows = [
+        (NAMES.index(mid), mid, clip, clip.partition("/")[0], labels)
+        for clip, labels in clips.items()
+        for mid in labels.split(";")
+    ]
+    names = ["class_index", "mids", "clip_ids", "recordings", "labels"]
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def corpus(seed: int, n_clips: int) -> dict[str, list]:
+def corpus(seed: int, n_clips: int, clips_per_recording: int = 1) -> dict[str, list]:
     rng = np.random.default_rng(seed)
     chosen = [rng.choice(NAMES, rng.integers(1, 4), replace=False) for _ in range(n_clips)]
-    return columns({f"clip{n:03d}": ";".join(labels) for n, labels in enumerate(chosen)})
+    names = [f"clip{n:03d}" for n in range(n_clips)]
+    if clips_per_recording > 1:
+        names = [f"recording{n // clips_per_recording}/{name}" for n, name in enumerate(names)]
+    return columns({name: ";".join(labels) for name, labels in zip(names, chosen, strict=True)})
 
 
 def stream(index: dict[str, list], *, seed: int = 0, exclude: str = "ontology") -> PairStream:
@@ -37,9 +48,9 @@ def stream(index: dict[str, list], *, seed: int = 0, exclude: str = "ontology") 
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 999), st.integers(8, 40), st.sampled_from(["none", "label", "ontology"]))
-def test_no_pair_breaks_the_rule(seed, n_clips, exclude):
-    index = corpus(seed, n_clips)
+@given(st.integers(0, 999), st.integers(8, 40), st.integers(1, 5), st.sampled_from(["none", "label", "ontology"]))
+def test_no_pair_breaks_the_rule(seed, n_clips, clips_per_recording, exclude):
+    index = corpus(seed, n_clips, clips_per_recording)
     try:
         pairs = stream(index, seed=seed, exclude=exclude)
     except ValueError:
@@ -48,7 +59,7 @@ def test_no_pair_breaks_the_rule(seed, n_clips, exclude):
         draw = pairs.draw(item)
         mid, labels = index["mids"][draw.target], set(index["labels"][draw.interferer].split(";"))
         assert index["mids"][draw.interferer] != mid
-        assert index["clip_ids"][draw.interferer] != index["clip_ids"][draw.target]
+        assert index["recordings"][draw.interferer] != index["recordings"][draw.target]
         assert exclude == "none" or mid not in labels
         assert exclude != "ontology" or not labels & kin(mid)
 
@@ -79,9 +90,9 @@ def test_an_anchor_is_passed_over_only_if_it_may_not_meet_the_target(exclude):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 999), st.integers(4, 14), st.sampled_from(["none", "label", "ontology"]))
-def test_the_choices_of_an_item_are_all_the_pairs_of_its_class_once(seed, n_clips, exclude):
-    index = corpus(seed, n_clips)
+@given(st.integers(0, 999), st.integers(4, 14), st.integers(1, 4), st.sampled_from(["none", "label", "ontology"]))
+def test_the_choices_of_an_item_are_all_the_pairs_of_its_class_once(seed, n_clips, clips_per_recording, exclude):
+    index = corpus(seed, n_clips, clips_per_recording)
     try:
         pairs = stream(index, seed=seed, exclude=exclude)
     except ValueError:
@@ -96,7 +107,7 @@ def test_the_choices_of_an_item_are_all_the_pairs_of_its_class_once(seed, n_clip
             for t in rows
             for i in rows
             if index["mids"][t] == mid != index["mids"][i]
-            and index["clip_ids"][t] != index["clip_ids"][i]
+            and index["recordings"][t] != index["recordings"][i]
             and not forbidden & set(index["labels"][i].split(";"))
         }
         given_pairs = [(draw.target, draw.interferer) for draw in pairs.choices(item)]
@@ -201,7 +212,16 @@ def test_one_other_clip_is_enough_if_the_target_is_not_from_it():
     assert stream(columns({"a": "siren", "b": "hum"}), exclude="ontology").without_interferer == []
 
 
-@pytest.mark.parametrize("clips", [{"a": "siren", "b": "siren"}, {"a": "siren;hum"}])
+def test_clips_of_one_recording_never_meet_and_a_class_that_has_no_others_is_named():
+    index = columns({"r/0": "siren", "r/1": "hum", "r/2": "cat", "s/0": "hum"})
+    pairs = stream(index, exclude="none")
+    assert {(d.target, d.interferer) for d in map(pairs.draw, range(60))} == {(0, 3), (2, 3)}
+    assert [NAMES[k] for k in pairs.without_interferer] == [
+        "hum"
+    ]  # that of r meets nothing; they interfere all the same
+
+
+@pytest.mark.parametrize("clips", [{"a": "siren", "b": "siren"}, {"a": "siren;hum"}, {"r/a": "siren", "r/b": "hum"}])
 def test_an_index_in_which_nothing_may_meet_is_refused(clips):
     with pytest.raises(ValueError, match=r"no two of 2 anchors of . classes may meet under exclude='none'"):
         stream(columns(clips), exclude="none")
