@@ -12,7 +12,8 @@ This module must not import torch: the workers that resample load it.
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -28,10 +29,14 @@ from pipeline.audio.recording import Recording
 Note = Literal[
     "cut",  # out of a longer recording, by the segment's times
     "short",  # under 90 % of the listed duration, in a file that does not contradict itself
+    "long",  # a part of what is longer than a clip
     "antiphase",  # somewhere the mean of the channels cancels: there the left one, or the first that sounds
     "clipped",  # went over full scale in 16 bits
     "ffmpeg",  # not decoded by libsndfile
 ]
+
+Long = Literal["first", "cut", "best"]
+"""What is taken of a segment that is longer than a clip: its beginning, all of it in pieces, or its loudest part."""
 
 MAX_PEAK = 4.0  # +12 dBFS. Lossy codecs overshoot by a few dB; 16-bit integers written as floats are far over
 MIN_SECONDS = 1.0
@@ -42,6 +47,7 @@ FFMPEG_SECONDS = 60.0
 FFMPEG_BYTES = 64 << 20
 
 _BLOCK_SAMPLES = 1 << 17
+_STEPS_READ = 16  # at once, to find the loudest part
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,10 @@ class Segment:
     sample_rate: int
     channels: int
     notes: tuple[Note, ...]
+    start_seconds: float = 0.0
+    """Where in the listed segment this part of it begins."""
+    whole_seconds: float = 0.0
+    """Length of the listed segment where this is a part of it, else 0."""
 
 
 def locate(root: Path, path: str) -> Path:
@@ -77,7 +87,9 @@ def locate(root: Path, path: str) -> Path:
     return full
 
 
-def read_segment(path: Path, start_seconds: float, end_seconds: float, max_seconds: float) -> Segment:
+def read_segments(
+    path: Path, start_seconds: float, end_seconds: float, max_seconds: float, long: Long
+) -> Iterator[Segment]:
     """Mono audio of the segment [start, end) of the recording that the file was cut from, `max_seconds` at most.
 
     Most files are the segment already; one longer by more than MARGIN_SECONDS is the whole recording, and is read
@@ -85,7 +97,10 @@ def read_segment(path: Path, start_seconds: float, end_seconds: float, max_secon
     itself that there was more (`truncated`) or less than a second is left (`too_short`). An infinite `end_seconds`
     is an end that nobody has listed: such a file is as long as it is.
 
-    Raises BadClip. ValueError when the times are not a segment.
+    Of a segment longer than `max_seconds` comes what `long` says, noted `long`: one part, or with `cut` several that
+    follow each other, without a last one of less than MIN_SECONDS.
+
+    Raises BadClip, with `cut` perhaps after some parts. ValueError when the times are not a segment.
     """
     if not 0 <= start_seconds < end_seconds or start_seconds == inf:
         raise ValueError(f"a segment from {start_seconds} to {end_seconds} s")
@@ -93,7 +108,53 @@ def read_segment(path: Path, start_seconds: float, end_seconds: float, max_secon
     seconds = min(listed, max_seconds)
     whole = max(seconds, min(listed, MAX_LISTED_SECONDS))
     with open_recording(path) as file:
-        return _segment(file, start_seconds, seconds, whole, listed < inf)
+        first, offset = _segment(file, start_seconds, seconds, whole, listed < inf)
+        n = total = len(first.waveform)
+        if listed > seconds and n == round(seconds * file.rate):
+            total = file.frames - offset
+            total = total if listed == inf else min(total, round(listed * file.rate))
+        if total <= n:
+            yield first
+            return
+        for at in _places(file, offset, total, n, long):
+            part = first if at == 0 else _part(file, offset + at, min(n, total - at), first.notes)
+            yield replace(
+                part,
+                notes=(*part.notes, "long"),
+                start_seconds=at / file.rate,
+                whole_seconds=total / file.rate,
+            )
+
+
+def _places(file: Recording, offset: int, total: int, frames: int, long: Long) -> list[int]:
+    """Where in the `total` frames behind `offset` the parts of at most `frames` begin."""
+    if long == "first":
+        return [0]
+    if long == "cut":
+        return [at for at in range(0, total, frames) if total - at >= MIN_SECONDS * file.rate or not at]
+    step = max(1, min(frames, file.rate))  # a second
+    energies = list[float]()
+    for at in range(0, total, _STEPS_READ * step):
+        mono = file.read(offset + at, min(_STEPS_READ * step, total - at))
+        energies += [float(np.dot(piece, piece)) for piece in (mono[k : k + step] for k in range(0, len(mono), step))]
+    sums = np.cumsum([0.0, *energies])
+    starts = np.arange((total - frames) // step + 1)
+    ends = np.minimum(starts + frames // step, len(energies))
+    return [step * int(np.argmax(sums[ends] - sums[starts]))]
+
+
+def _part(file: Recording, at: int, frames: int, notes: tuple[Note, ...]) -> Segment:
+    """Another part of a file whose first one has these notes."""
+    mono = file.read(at, frames)
+    if len(mono) < COMPLETE * frames:
+        raise BadClip(
+            "truncated", f"{len(mono) / file.rate:.3f} s of {frames / file.rate:g} from {at / file.rate:g} s on"
+        )
+    _check_samples(mono)
+    kept: list[Note] = [note for note in notes if note != "antiphase"]
+    if file.cancelled:
+        kept.append("antiphase")
+    return Segment(mono, file.rate, file.channels, tuple(kept))
 
 
 def open_recording(path: Path) -> Recording:
@@ -101,8 +162,8 @@ def open_recording(path: Path) -> Recording:
     return recording.open_recording(path, FFMPEG_SECONDS, FFMPEG_BYTES)
 
 
-def _segment(file: Recording, start: float, seconds: float, whole: float, listed: bool) -> Segment:
-    """The first `seconds` of the segment that begins at `start`.
+def _segment(file: Recording, start: float, seconds: float, whole: float, listed: bool) -> tuple[Segment, int]:
+    """The first `seconds` of the segment that begins at `start`, and the frame of the file that they begin at.
 
     `listed`: somebody says that there are `seconds` of it. A file that is longer than `whole`, the listed segment
     (of which no more than `seconds` may be wanted), is the recording that the segment was taken from.
@@ -125,11 +186,7 @@ def _segment(file: Recording, start: float, seconds: float, whole: float, listed
         if offset:
             raise BadClip("outside_segment", f"it begins at {start:g} s, behind the end")
         raise BadClip("no_samples")
-    peak = max(float(mono.max()), -float(mono.min()))
-    if not np.isfinite(peak):
-        raise BadClip("non_finite")
-    if peak > MAX_PEAK:
-        raise BadClip("peak_out_of_range", f"{peak:.3g} times full scale")
+    _check_samples(mono)
     if len(mono) < COMPLETE * wanted:
         detail = f"{len(mono) / rate:.3f} s of {seconds:g}"
         if len(mono) < COMPLETE * min(wanted, promised):
@@ -138,7 +195,15 @@ def _segment(file: Recording, start: float, seconds: float, whole: float, listed
             if len(mono) < MIN_SECONDS * rate:
                 raise BadClip("too_short", detail)
             notes.append("short")
-    return Segment(mono, rate, file.channels, tuple(notes))
+    return Segment(mono, rate, file.channels, tuple(notes)), offset
+
+
+def _check_samples(mono: Float32[np.ndarray, " time"]) -> None:
+    peak = max(float(mono.max()), -float(mono.min()))
+    if not np.isfinite(peak):
+        raise BadClip("non_finite")
+    if peak > MAX_PEAK:
+        raise BadClip("peak_out_of_range", f"{peak:.3g} times full scale")
 
 
 def resample(

@@ -1,15 +1,15 @@
 """Stage resample: every listed recording becomes a mono clip of one rate inside a WebDataset shard, or a line in the
 quarantine list that says why not.
 
-A clip's shard is sha256(clip_id) mod n_shards, so what is in a shard depends neither on the number of workers nor on
-which other clips there are. A shard is one part: a run that is killed finds its finished shards again.
+A listed clip's shard is sha256(clip_id) mod n_shards, so what is in a shard depends neither on the number of workers
+nor on which other clips there are. A shard is one part: a run that is killed finds its finished shards again.
 
 Out of a split come
 
     clips-00000.tar ...   <clip_id>.flac or .wav (16 bit) and <clip_id>.json
     shards.json           clips, bytes and SHA-256 of each shard
     manifest.csv          every clip that scan found, sorted by id: its status (ok, or a reason of pipeline/audio.py),
-                          where it lies, and the SHA-256 of its samples
+                          where it lies, the SHA-256 of its samples, and the seconds of a long one that are not used
     quarantine.csv        those that are not ok
 
 `missing` (listed, and gone when its turn came) is counted apart from bad: recordings that are not there are normal in
@@ -30,9 +30,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+from jaxtyping import Int16
 from pydantic import Field
 
-from pipeline.audio import ffmpeg, is_below, level_db, locate, read_segment, resample, to_int16
+from pipeline.audio import Long, Segment, ffmpeg, is_below, level_db, locate, read_segments, resample, to_int16
 from pipeline.audio.badclip import BadClip, Reason
 from pipeline.core.config import AudioParams, DataParams, Params, load_params
 from pipeline.core.parts import run_parts
@@ -54,7 +56,7 @@ logger = logging.getLogger(__name__)
 LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds", "recording")
 MANIFEST = (
     "clip_id", "recording", "split", "labels", "status", "detail", "duration_seconds", "source_rate",
-    "source_channels", "note", "sha256", "shard", "offset", "size",
+    "source_channels", "note", "dropped_seconds", "sha256", "shard", "offset", "size",
 )  # fmt: skip
 QUARANTINE = ("clip_id", "path", "reason", "detail")
 TRANSIENT = ("missing", "unreadable")  # of the machine, not of the file: looked at again by the next run
@@ -72,6 +74,7 @@ class ResampleParams(Params):
     n_shards: int = Field(gt=0, le=100_000)
     max_bad_fraction: float = Field(ge=0, le=1)
     silence_db: float = Field(ge=-300, le=0)
+    long: Long
 
 
 class TooManyBadClips(RuntimeError):
@@ -81,36 +84,72 @@ class TooManyBadClips(RuntimeError):
 # ------------------------------------------------------------------------------------------------ one clip
 
 
-def make_clip(row: Row, root: Path, split: str, audio: AudioParams, params: ResampleParams) -> tuple[Row, bytes, bytes]:
-    """The clip's row of manifest.csv (all but where it lies), its encoded audio and its JSON. Raises BadClip."""
-    segment = read_segment(
-        locate(root, row["path"]), float(row["start_seconds"]), float(row["end_seconds"]), audio.clip_seconds
-    )
+def make_clips(
+    row: Row, root: Path, split: str, audio: AudioParams, params: ResampleParams
+) -> Iterator[tuple[Row, bytes, bytes]]:
+    """For each clip of a listed one its row of manifest.csv (all but where it lies), its encoded audio and its JSON.
+
+    There are several with `resample.long: cut`, of which the silent ones are left out: `<clip_id>-piece1` and so on,
+    of one recording and with the labels of the whole. The last row says how many seconds were left out of all.
+    BadClip.
+    """
+    clip: tuple[Row, bytes, bytes] | None = None
+    times = float(row["start_seconds"]), float(row["end_seconds"])
+    parts = read_segments(locate(root, row["path"]), *times, audio.clip_seconds, params.long)
+    kept_seconds, bad, segment = 0.0, BadClip("no_samples"), None
+    for number, segment in enumerate(parts, start=1):
+        is_piece = params.long == "cut" and segment.whole_seconds > 0
+        try:
+            pcm, notes = _samples(segment, audio, params)
+        except BadClip as silent:
+            if not is_piece:
+                raise
+            bad = silent
+            continue
+        if clip is not None:
+            yield clip
+        kept_seconds += len(segment.waveform) / segment.sample_rate
+        clip_id = f"{row['clip_id']}-piece{number}" if is_piece else row["clip_id"]
+        clip = _described(row | {"clip_id": clip_id, "split": split}, segment, pcm, notes, audio, params)
+    if clip is None:
+        raise bad
+    if segment is not None and segment.whole_seconds:
+        clip[0]["dropped_seconds"] = repr(round(segment.whole_seconds - kept_seconds, 6))
+    yield clip
+
+
+def _samples(
+    segment: Segment, audio: AudioParams, params: ResampleParams
+) -> tuple[Int16[np.ndarray, " time"], list[str]]:
+    """The clip's samples, and notes. BadClip for a silent one."""
     waveform = resample(segment.waveform, segment.sample_rate, audio.sample_rate)
     waveform = waveform[: round(audio.clip_seconds * audio.sample_rate)]
     # Before: a constant rings where resampling cuts it off. After: a tone above the new Nyquist frequency is gone.
     if is_below(segment.waveform, params.silence_db) or is_below(waveform, params.silence_db):
         raise BadClip("silent", f"{min(level_db(segment.waveform), level_db(waveform)):.0f} dB")
-    notes = [*segment.notes]
-    if waveform.max() > 1 or waveform.min() < -1:
-        notes.append("clipped")
-    pcm = to_int16(waveform)
+    is_clipped = waveform.max() > 1 or waveform.min() < -1
+    return to_int16(waveform), [*segment.notes, *(["clipped"] if is_clipped else [])]
+
+
+def _described(
+    listed: Row, segment: Segment, pcm: Int16[np.ndarray, " time"], notes: list[str], audio: AudioParams,
+    params: ResampleParams,
+) -> tuple[Row, bytes, bytes]:  # fmt: skip
     duration_seconds = len(pcm) / audio.sample_rate
-    described = {
-        "clip_id": row["clip_id"],
-        "recording": row["recording"],
-        "split": split,
-        "labels": row["labels"],
+    place = f"from {segment.start_seconds:g} s on, of {segment.whole_seconds:g} s" if segment.whole_seconds else ""
+    row = {name: listed[name] for name in ("clip_id", "recording", "split", "labels", "path")} | {
         "status": "ok",
-        "detail": "",
+        "detail": place,
         "duration_seconds": repr(duration_seconds),
         "source_rate": str(segment.sample_rate),
         "source_channels": str(segment.channels),
         "note": ";".join(notes),
         "sha256": sha256(pcm.data).hexdigest(),
     }
-    content = {"duration_seconds": duration_seconds, "labels": row["labels"].split(";"), "split": split}
-    return described, ENCODERS[params.format](pcm, audio.sample_rate), encode_json(content)
+    about = {
+        "duration_seconds": duration_seconds, "labels": listed["labels"].split(";"), "split": listed["split"],
+    }  # fmt: skip
+    return row, ENCODERS[params.format](pcm, audio.sample_rate), encode_json(about)
 
 
 # ------------------------------------------------------------------------------------------------ one part
@@ -140,22 +179,20 @@ def resample_part(
             clip_id = row["clip_id"]
             files[row["path"]] = file_state(root, row["path"])
             try:
-                described, content, about = make_clip(row, root, split, audio, params)
+                for described, content, about in make_clips(row, root, split, audio, params):
+                    rows[described["clip_id"]] = described
+                    yield described["clip_id"], {params.format: content, "json": about}
             except BadClip as bad:
                 if bad.reason in TRANSIENT:
                     check_root(root)
                     (directory / "again").touch()
-                described = {
-                    "clip_id": clip_id, "recording": row["recording"], "split": split, "labels": row["labels"],
-                    "status": bad.reason, "detail": bad.detail,
+                rows[clip_id] = {
+                    "path": row["path"], "clip_id": clip_id, "recording": row["recording"], "split": split,
+                    "labels": row["labels"], "status": bad.reason, "detail": bad.detail,
                 }  # fmt: skip
-                rows[clip_id] = {"path": row["path"]} | described
-                continue
             except Exception as error:
                 error.add_note(f"clip {clip_id!r}, {row['path']!r}")
                 raise
-            rows[clip_id] = {"path": row["path"]} | described
-            yield clip_id, {params.format: content, "json": about}
 
     digest = sha256()
     for member in write_shard(directory / name, samples(), digest.update):
@@ -164,7 +201,7 @@ def resample_part(
     with open(directory / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("path", *MANIFEST), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows(rows[clip_id] for clip_id in sorted(rows))
     # Of a clip that is good without it, ffmpeg was not asked.
     asked = any(row["status"] != "ok" or "ffmpeg" in row["note"].split(";") for row in rows.values())
     write_json(directory / STATE, {"ffmpeg": ffmpeg.version() if asked else None, "files": files})
@@ -260,8 +297,12 @@ def split_manifest(manifest: Path, lists: Path, n_shards: int) -> list[Path]:
 
 
 def merge(parts: Iterable[Path], out: Path, sample_rate: int) -> Counter[str]:
-    """Write manifest.csv and quarantine.csv of all parts; count clips, statuses, notes and samples."""
+    """Write manifest.csv and quarantine.csv of all parts; count clips, statuses, notes, samples and what was dropped.
+
+    ValueError where a piece of a clip has the name of another clip.
+    """
     counts: Counter[str] = Counter()
+    before = ""
     out.mkdir(parents=True, exist_ok=True)
     with (
         open(out / "manifest.csv", "w", newline="", encoding="utf-8") as manifest_file,
@@ -273,11 +314,15 @@ def merge(parts: Iterable[Path], out: Path, sample_rate: int) -> Counter[str]:
         quarantine.writeheader()
         # 8 kB of each part at a time: 10,000 shards take 200 MB.
         for row in heapq.merge(*(read_rows(part / "rows.csv", 1 << 13) for part in parts), key=_clip_id):
+            if row["clip_id"] == before:
+                raise ValueError(f"two clips would be called {before!r}, a piece of one ({row['path']!r}) among them")
+            before = row["clip_id"]
             manifest.writerow(row)
             counts["clips"] += 1
             counts[f"status {row['status']}"] += 1
             if row["status"] == "ok":
                 counts["samples"] += round(float(row["duration_seconds"]) * sample_rate)
+                counts["dropped_ms"] += round(1000 * float(row["dropped_seconds"] or 0))
                 counts.update(f"note {note}" for note in row["note"].split(";") if note)
             else:
                 quarantine.writerow(row | {"reason": row["status"]})
@@ -306,6 +351,7 @@ def summarise(counts: Counter[str], split: str, params: ResampleParams, sample_r
         },
         "notes": {key.removeprefix("note "): n for key, n in sorted(counts.items()) if key.startswith("note ")},
         "audio_seconds": round(counts["samples"] / sample_rate, 3),
+        "dropped_seconds": counts["dropped_ms"] / 1000,
     }
 
 
@@ -399,6 +445,11 @@ def main() -> None:
         summary = resample_split(manifest, outside(root), args.split, args.out, scratch, audio, params)
         write_json(args.summary, summary)
         shutil.rmtree(scratch)
+    if summary["notes"].get("long"):
+        logger.info(
+            "%d clips are of longer ones, of which %.0f s are not used (resample.long: %s)",
+            summary["notes"]["long"], summary["dropped_seconds"], params.long,
+        )  # fmt: skip
     for key in ("bad_reasons", "notes"):
         logger.info("%s: %s", key, ", ".join(f"{name} {n}" for name, n in summary[key].items()) or "none")
     logger.info(

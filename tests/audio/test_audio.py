@@ -38,7 +38,7 @@ def write(path, waveform, rate=RATE, **kwargs):
 
 
 def read_segment(path, start, end, max_seconds=10):
-    return audio.read_segment(path, float(start), float(end), max_seconds=float(max_seconds))
+    return next(audio.read_segments(path, float(start), float(end), float(max_seconds), "first"))
 
 
 def reason(path, start=0, end=10):
@@ -191,11 +191,13 @@ def test_a_segment_longer_than_the_clip_is_still_no_recording(tmp_path, start):
     """`audio.clip_seconds: 5` on files of 10 s: the first 5 s of the segment, not those from `start` of the file."""
     whole = recording(10)
     segment = read_segment(write(tmp_path / "a.wav", whole, 16_000), start, start + 10, max_seconds=5)
-    assert segment.notes == ()
+    assert segment.notes == ("long",)
+    assert segment.whole_seconds == 10
     np.testing.assert_array_equal(segment.waveform, whole[:80_000])
     longer = recording(50)
     segment = read_segment(write(tmp_path / "b.wav", longer, 16_000), start, start + 10, max_seconds=5)
-    assert segment.notes == ("cut",)
+    assert segment.notes == ("cut", "long")
+    assert segment.whole_seconds == 10
     np.testing.assert_array_equal(segment.waveform, longer[start * 16_000 :][:80_000])
 
 

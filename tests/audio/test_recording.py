@@ -55,7 +55,7 @@ def without_total(flac):
 
 
 def read(path, start=0.0, end=10.0, most=10.0):
-    return audio.read_segment(path, start, end, most)
+    return next(audio.read_segments(path, start, end, most, "first"))
 
 
 def reason(path, start=0.0, end=10.0):
@@ -277,7 +277,7 @@ def test_a_finished_part_is_made_again_when_what_it_depends_on_has_changed(tmp_p
     root, part = tmp_path / "corpus", tmp_path / "part"
     root.mkdir()
     monkeypatch.setenv("PATH", "/nonexistent")
-    params = resample.ResampleParams(format="wav", n_shards=1, max_bad_fraction=1.0, silence_db=-80.0)
+    params = resample.ResampleParams(format="wav", n_shards=1, max_bad_fraction=1.0, silence_db=-80.0, long="first")
     clips = resample.AudioParams(sample_rate=32_000, clip_seconds=10.0, segment_seconds=2.0)
 
     def made(*names):

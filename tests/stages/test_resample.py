@@ -28,7 +28,7 @@ RATE = 44_100
 PARAMS = """\
 data: {source: audioset, root: corpus, train: [a], eval: [b]}
 audio: {sample_rate: 32000, clip_seconds: 10.0, segment_seconds: 2.0}
-resample: {format: flac, n_shards: 4, max_bad_fraction: 0.1, silence_db: -80.0}
+resample: {format: flac, n_shards: 4, max_bad_fraction: 0.1, silence_db: -80.0, long: first}
 """
 
 
@@ -372,11 +372,11 @@ def small(workspace):
 SLOW = """
 import time
 from pipeline.stages import resample
-make_clip = resample.make_clip
+make_clips = resample.make_clips
 def slow(*args):
     time.sleep(0.2)
-    return make_clip(*args)
-resample.make_clip = slow
+    return make_clips(*args)
+resample.make_clips = slow
 resample.main()
 """
 
@@ -487,7 +487,7 @@ def test_a_corpus_that_is_gone_is_one_error_not_many_missing_clips(small):
     listed.write_text(f"{','.join(stage.LISTED)}\nx,a,/m/09x0r,x.wav,0,0.0,2.0,x\n")
     (small / "part").mkdir()
     audio = stage.AudioParams(sample_rate=32_000, clip_seconds=10.0, segment_seconds=2.0)
-    params = stage.ResampleParams(format="wav", n_shards=1, max_bad_fraction=0.1, silence_db=-80.0)
+    params = stage.ResampleParams(format="wav", n_shards=1, max_bad_fraction=0.1, silence_db=-80.0, long="first")
     with pytest.raises(FileNotFoundError, match=r"data\.root"):  # unmounted while the stage was at work
         stage.resample_part(listed, small / "part", root=small / "corpus", split="train", audio=audio, params=params)
     assert not list((small / "part").glob("*.tar"))
