@@ -1,6 +1,7 @@
 """One reader for clips and for music: joined, uncounted, cut and foreign files are read whole, or say what is wrong."""
 
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -101,6 +102,51 @@ def test_a_recording_is_read_whole_and_its_segment_from_the_right_place(tmp_path
     segment = read(path, 6.0, 9.0)
     assert segment.notes == ("cut",)
     assert np.allclose(pitches(segment.waveform, rate), [900, 1000, 1100], atol=10)
+
+
+@pytest.mark.parametrize("name", list(whole_files()))
+def test_what_is_longer_than_a_clip_is_cut_or_its_loudest_part_is_taken(tmp_path, name):
+    """12 s of which nobody has listed an end, for clips of 5 s."""
+    content, rate = whole_files()[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    parts = {long: list(audio.read_segments(path, 0.0, math.inf, 5.0, long)) for long in ("first", "cut", "best")}
+    for long, starts in {"first": [0], "cut": [0, 5, 10]}.items():
+        assert [part.start_seconds for part in parts[long]] == starts
+        for part in parts[long]:
+            assert part.notes == ("long",)
+            assert part.whole_seconds == pytest.approx(12, abs=0.1)
+            first = 300 + 100 * int(part.start_seconds)
+            heard = pitches(part.waveform, rate)[:5]
+            assert np.allclose(heard, [first + 100 * k for k in range(len(heard))], atol=10)
+    assert sum(len(part.waveform) for part in parts["cut"]) == pytest.approx(12 * rate, abs=0.1 * rate)
+    (best,) = parts["best"]
+    assert len(best.waveform) == 5 * rate
+    if name == "uncounted.mp3":  # which gets louder all the time
+        assert best.start_seconds == 7
+
+
+def test_the_loudest_part_may_begin_at_any_second(tmp_path):
+    x = 1e-3 * np.random.default_rng(0).standard_normal(30 * 16_000).astype("f4")
+    x[13 * 16_000 : 17 * 16_000] += steps(16_000, 4)
+    soundfile.write(tmp_path / "a.wav", x, 16_000)
+    (best,) = audio.read_segments(tmp_path / "a.wav", 0.0, math.inf, 4.0, "best")
+    assert (best.start_seconds, best.whole_seconds, best.notes) == (13, 30, ("long",))
+    (listed,) = audio.read_segments(tmp_path / "a.wav", 0.0, 15.0, 4.0, "best")  # what is behind 15 s is another's
+    assert (listed.start_seconds, listed.whole_seconds) == (11, 15)
+
+
+def test_a_rest_of_less_than_a_second_is_no_clip_and_an_end_that_lacks_is_no_silence(tmp_path):
+    sound = steps(16_000, 11)
+    soundfile.write(tmp_path / "a.wav", sound[: 16_000 * 21 // 2], 16_000)
+    parts = list(audio.read_segments(tmp_path / "a.wav", 0.0, math.inf, 5.0, "cut"))
+    assert [part.start_seconds for part in parts] == [0, 5]
+    flac = encoded(sound, "FLAC", 16_000)
+    (tmp_path / "cut.flac").write_bytes(flac[: len(flac) * 8 // 11])
+    pieces = audio.read_segments(tmp_path / "cut.flac", 0.0, math.inf, 5.0, "cut")
+    assert next(pieces).start_seconds == 0
+    with pytest.raises(BadClip, match=r"truncated|undecodable"):
+        next(pieces)
 
 
 @pytest.mark.parametrize("name", ["uncounted.mp3", "zeros.mp3", "plain.ogg", "plain.opus", "total_0.flac", "tags.mp3"])

@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import webdataset
 
+from pipeline.audio import resample
 from pipeline.mixtures import shards
 from pipeline.stages import resample as stage
 
@@ -512,6 +513,73 @@ def test_wav_clips_are_the_same_samples(small):
     ]
     flac, wav = shards.ClipReader(small / "clips", 32_000), shards.ClipReader(small / "wav", 32_000)
     np.testing.assert_array_equal(flac.waveform("clip0_wav"), wav.waveform("clip0_wav"))
+
+
+# ------------------------------------------------------------------------------------------------- long clips
+
+
+@pytest.fixture
+def long(workspace):
+    """A dog in 20 to 28 of 30 s, silence before, and a clip that is not longer than clips are."""
+    x = np.zeros((30 * RATE, 1), np.float32)
+    x[20 * RATE : 28 * RATE] = sound(8, channels=1)
+    write_files(workspace, {"dog.wav": encoded(x), "cat.wav": encoded(sound(3))})
+    configure(workspace)
+    list_clips(workspace, ["dog.wav", "cat.wav"], seconds="inf")
+    return workspace
+
+
+def test_pieces_of_a_long_clip_are_clips_of_one_recording_with_its_labels(long):
+    configure(long, long="cut", silence_db=-200.0)
+    x = sound(25, channels=1)
+    write_files(long, {"dog.wav": encoded(x)})
+    run_well(long)
+    rows = {row["clip_id"]: row for row in rows_of(long / "clips/manifest.csv")}
+    assert list(rows) == ["cat_wav", "dog_wav-piece1", "dog_wav-piece2", "dog_wav-piece3"]
+    pieces = [row for clip_id, row in rows.items() if "piece" in clip_id]
+    assert [float(row["duration_seconds"]) for row in pieces] == [10, 10, 5]
+    assert {(row["recording"], row["labels"], row["note"]) for row in pieces} == {
+        ("recording of dog_wav", "/m/09x0r;/m/04rlf", "long")
+    }
+    assert [row["detail"] for row in pieces] == [f"from {at} s on, of 25 s" for at in (0, 10, 20)]
+    reader = shards.ClipReader(long / "clips", 32_000)
+    together = np.concatenate([reader.waveform(row["clip_id"]) for row in pieces])
+    assert np.abs(together - resample(x[:, 0], RATE, 32_000)).mean() < 1e-3
+    summary = json.loads((long / "clips.json").read_text())
+    assert (summary["clips"], summary["notes"], summary["dropped_seconds"]) == (4, {"long": 3}, 0)
+    assert {entry.recording for entry in reader.clips.values()} == {"recording of cat_wav", "recording of dog_wav"}
+    run_well(long, out="two", workers=2)
+    assert contents(long / "two") == contents(long / "clips")
+
+
+def test_silent_pieces_and_what_the_beginning_and_the_best_part_leave_are_counted(long):
+    expected = {
+        "first": (["cat_wav"], {}, 0.0, 1),  # its first 10 s are silent
+        "cut": (["cat_wav", "dog_wav-piece3"], {"long": 1}, 20.0, 0),
+        "best": (["cat_wav", "dog_wav"], {"long": 1}, 20.0, 0),
+    }
+    for choice, (kept, notes, dropped_seconds, bad) in expected.items():
+        configure(long, long=choice, max_bad_fraction=0.9)
+        run_well(long, out=choice)
+        rows = rows_of(long / choice / "manifest.csv")
+        assert [row["clip_id"] for row in rows if row["status"] == "ok"] == kept
+        summary = json.loads((long / f"{choice}.json").read_text())
+        assert (summary["notes"], summary["dropped_seconds"], summary["bad"]) == (notes, dropped_seconds, bad)
+        for row in rows:
+            if row["note"]:
+                start = {"cut": 20, "best": 18}[choice]  # the first of the parts that hold the whole sound
+                assert row["detail"] == f"from {start} s on, of 30 s"
+                waveform = shards.ClipReader(long / choice, 32_000).waveform(row["clip_id"])
+                assert np.abs(waveform[(20 - start) * 32_000 :][: 8 * 32_000]).max() > 0.1
+
+
+def test_a_piece_that_is_called_like_another_clip_is_refused(long):
+    configure(long, long="cut", max_bad_fraction=0.9)
+    write_files(long, {"dog_wav-piece3": encoded(sound(2))})
+    list_clips(long, ["dog.wav", "cat.wav", "dog_wav-piece3"], seconds="inf")
+    done = run(long)
+    assert done.returncode == 2
+    assert "dog_wav-piece3" in done.stderr.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------- the manifest
