@@ -25,7 +25,8 @@ import soxr
 from pipeline.core.config import load_params
 from pipeline.core.parts import run_parts
 from pipeline.core.runtime import remove
-from pipeline.stages.resample import LISTED, AudioParams, ResampleParams, resample_part
+from pipeline.mixtures.manifest import LISTED
+from pipeline.stages.resample import AudioParams, ResampleParams, resample_part
 
 ROUNDS = 7
 FILES_PER_KIND = 25  # 150 clips in the part: about what a shard of AudioSet holds
@@ -69,7 +70,9 @@ def run_stage(paths: list[Path], scratch: Path, audio: AudioParams, params: Resa
     with open(listed, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(LISTED)
-        writer.writerows([path.stem, "train", "/m/09x0r", path.name, path.stat().st_size, 0, 10] for path in paths)
+        writer.writerows(
+            [path.stem, "train", "/m/09x0r", path.name, path.stat().st_size, 0, 10, path.stem] for path in paths
+        )
     task = partial(resample_part, root=paths[0].parent, split="train", audio=audio, params=params)
     run_parts(task, {"00000": listed}, scratch / "parts")
 

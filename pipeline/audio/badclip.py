@@ -18,6 +18,7 @@ Reason = Literal[
     "non_finite",
     "peak_out_of_range",
     "silent",
+    "also_in_eval",  # a clip of train with the samples of one that is held out
 ]
 
 

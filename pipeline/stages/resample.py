@@ -13,18 +13,20 @@ Out of a split come
     quarantine.csv        those that are not ok
 
 `missing` (listed, and gone when its turn came) is counted apart from bad: recordings that are not there are normal in
-AudioSet, recordings that cannot be read are not.
+AudioSet, recordings that cannot be read are not. So are clips of train with the samples of a clip of eval.
+
+Clips of one split with the same samples, under whatever names, are of one recording from here on: they never meet in a
+mixture, and count as one in statistics.
 """
 
 import argparse
 import csv
-import heapq
 import json
 import logging
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -49,22 +51,15 @@ from pipeline.core.runtime import (
     scratch_dir,
     write_json,
 )
-from pipeline.mixtures.shards import INDEX, encode_flac, encode_json, encode_wav, shard_number, write_shard
+from pipeline.mixtures.manifest import MANIFEST, Row, merge, read_rows, split_manifest
+from pipeline.mixtures.shards import INDEX, encode_flac, encode_json, encode_wav, write_shard
 
 logger = logging.getLogger(__name__)
 
-LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds", "recording")
-MANIFEST = (
-    "clip_id", "recording", "split", "labels", "status", "detail", "duration_seconds", "source_rate",
-    "source_channels", "note", "dropped_seconds", "sha256", "shard", "offset", "size",
-)  # fmt: skip
-QUARANTINE = ("clip_id", "path", "reason", "detail")
 TRANSIENT = ("missing", "unreadable")  # of the machine, not of the file: looked at again by the next run
+NOT_BAD = ("missing", "also_in_eval")  # counted apart
 STATE = "state.json"  # of a part: what its clips depend on beside params, code and manifest
 ENCODERS = {"flac": encode_flac, "wav": encode_wav}
-_ROWS_HELD = 100_000
-
-Row = dict[str, str]
 
 
 class ResampleParams(Params):
@@ -85,13 +80,13 @@ class TooManyBadClips(RuntimeError):
 
 
 def make_clips(
-    row: Row, root: Path, split: str, audio: AudioParams, params: ResampleParams
+    row: Row, root: Path, split: str, audio: AudioParams, params: ResampleParams, held_out: Mapping[str, str]
 ) -> Iterator[tuple[Row, bytes, bytes]]:
     """For each clip of a listed one its row of manifest.csv (all but where it lies), its encoded audio and its JSON.
 
     There are several with `resample.long: cut`, of which the silent ones are left out: `<clip_id>-piece1` and so on,
     of one recording and with the labels of the whole. The last row says how many seconds were left out of all.
-    BadClip.
+    BadClip, also for samples whose SHA-256 is in `held_out`, with the clip id that has it there.
     """
     clip: tuple[Row, bytes, bytes] | None = None
     times = float(row["start_seconds"]), float(row["end_seconds"])
@@ -111,6 +106,8 @@ def make_clips(
         kept_seconds += len(segment.waveform) / segment.sample_rate
         clip_id = f"{row['clip_id']}-piece{number}" if is_piece else row["clip_id"]
         clip = _described(row | {"clip_id": clip_id, "split": split}, segment, pcm, notes, audio, params)
+        if (other := held_out.get(clip[0]["sha256"])) is not None:
+            raise BadClip("also_in_eval", f"the samples of {other}")
     if clip is None:
         raise bad
     if segment is not None and segment.whole_seconds:
@@ -160,9 +157,17 @@ def shard_name(number: int) -> str:
     return f"clips-{number:05d}.tar"
 
 
+def sounds_of(clips: Path | None) -> Mapping[str, str]:
+    """The clip id of each SHA-256 of samples in a directory of clips; none without one."""
+    if clips is None:
+        return {}
+    return {row["sha256"]: row["clip_id"] for row in read_rows(clips / "manifest.csv") if row["status"] == "ok"}
+
+
 def resample_part(
-    listed: Path, directory: Path, *, root: Path, split: str, audio: AudioParams, params: ResampleParams
-) -> dict[str, str]:
+    listed: Path, directory: Path, *, root: Path, split: str, audio: AudioParams, params: ResampleParams,
+    held_out: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Write the shard of the clips listed in a file, and rows.csv: the manifest's rows with the path in front.
 
     Returns the shard's SHA-256, so that run_parts need not read it again.
@@ -172,14 +177,14 @@ def resample_part(
     """
     rows: dict[str, Row] = {}
     files: dict[str, list[int] | None] = {}
-    name = shard_name(int(listed.stem))
+    name, others = shard_name(int(listed.stem)), sounds_of(held_out)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for row in read_rows(listed):
             clip_id = row["clip_id"]
             files[row["path"]] = file_state(root, row["path"])
             try:
-                for described, content, about in make_clips(row, root, split, audio, params):
+                for described, content, about in make_clips(row, root, split, audio, params, others):
                     rows[described["clip_id"]] = described
                     yield described["clip_id"], {params.format: content, "json": about}
             except BadClip as bad:
@@ -240,103 +245,11 @@ def check_root(root: Path) -> None:
 # ----------------------------------------------------------------------------------------------- all parts
 
 
-def read_rows(path: Path, chunk: int = 1 << 16) -> Iterator[Row]:
-    """Rows of a CSV file without line breaks inside fields.
-
-    The file is open only while a chunk is read, so as many as there are shards can be merged at a time.
-    """
-    position, header = 0, b""
-    while True:
-        with open(path, "rb") as file:
-            header = header or file.readline()
-            file.seek(max(position, len(header)))
-            lines = file.readlines(chunk)
-            position = file.tell()
-        if not lines:
-            return
-        yield from csv.DictReader(line.decode() for line in (header, *lines))
-
-
-def split_manifest(manifest: Path, lists: Path, n_shards: int) -> list[Path]:
-    """Cut scan's manifest into a list per shard, `lists`/00000.csv ..., those without clips left out.
-
-    ValueError, naming the line, when columns are not those of scan or the ids are not in order, each once.
-    """
-    remove(lists)
-    lists.mkdir(parents=True)
-    held: dict[int, list[list[str]]] = defaultdict(list)
-    made: set[int] = set()
-
-    def flush() -> None:
-        for number, rows in sorted(held.items()):
-            with open(lists / f"{number:05d}.csv", "a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if number not in made:
-                    writer.writerow(LISTED)
-                writer.writerows(rows)
-            made.add(number)
-        held.clear()
-
-    with open(manifest, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, restval="")
-        if absent := [name for name in LISTED if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{manifest}: no column {absent[0]!r}; scan writes {','.join(LISTED)}")
-        before = ""
-        for count, row in enumerate(reader, start=1):
-            clip_id = row["clip_id"]
-            if not before < clip_id:
-                raise ValueError(f"{manifest}, line {reader.line_num}: {clip_id!r} after {before!r}: unsorted or twice")
-            if any("\n" in row[name] or "\r" in row[name] for name in LISTED):
-                raise ValueError(f"{manifest}, line {reader.line_num}: a line break inside a field")
-            before = clip_id
-            held[shard_number(clip_id, n_shards)].append([row[name] for name in LISTED])
-            if count % _ROWS_HELD == 0:
-                flush()
-    flush()
-    return [lists / f"{number:05d}.csv" for number in sorted(made)]
-
-
-def merge(parts: Iterable[Path], out: Path, sample_rate: int) -> Counter[str]:
-    """Write manifest.csv and quarantine.csv of all parts; count clips, statuses, notes, samples and what was dropped.
-
-    ValueError where a piece of a clip has the name of another clip.
-    """
-    counts: Counter[str] = Counter()
-    before = ""
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        open(out / "manifest.csv", "w", newline="", encoding="utf-8") as manifest_file,
-        open(out / "quarantine.csv", "w", newline="", encoding="utf-8") as quarantine_file,
-    ):
-        manifest = csv.DictWriter(manifest_file, MANIFEST, extrasaction="ignore", lineterminator="\n")
-        quarantine = csv.DictWriter(quarantine_file, QUARANTINE, extrasaction="ignore", lineterminator="\n")
-        manifest.writeheader()
-        quarantine.writeheader()
-        # 8 kB of each part at a time: 10,000 shards take 200 MB.
-        for row in heapq.merge(*(read_rows(part / "rows.csv", 1 << 13) for part in parts), key=_clip_id):
-            if row["clip_id"] == before:
-                raise ValueError(f"two clips would be called {before!r}, a piece of one ({row['path']!r}) among them")
-            before = row["clip_id"]
-            manifest.writerow(row)
-            counts["clips"] += 1
-            counts[f"status {row['status']}"] += 1
-            if row["status"] == "ok":
-                counts["samples"] += round(float(row["duration_seconds"]) * sample_rate)
-                counts["dropped_ms"] += round(1000 * float(row["dropped_seconds"] or 0))
-                counts.update(f"note {note}" for note in row["note"].split(";") if note)
-            else:
-                quarantine.writerow(row | {"reason": row["status"]})
-    return counts
-
-
-def _clip_id(row: Row) -> str:
-    return row["clip_id"]
-
-
 def summarise(counts: Counter[str], split: str, params: ResampleParams, sample_rate: int) -> dict[str, Any]:
     """Count what became of the clips, as the numbers of reports/resample_<split>.json."""
-    kept, missing = counts["status ok"], counts["status missing"]
+    kept, missing, held_out = (counts[f"status {status}"] for status in ("ok", *NOT_BAD))
     present = counts["clips"] - missing
+    bad = present - kept - held_out
     return {
         "split": split,
         "format": params.format,
@@ -344,11 +257,13 @@ def summarise(counts: Counter[str], split: str, params: ResampleParams, sample_r
         "missing": missing,
         "present": present,
         "kept": kept,
-        "bad": present - kept,
-        "bad_fraction": (present - kept) / present if present else 0.0,
+        "bad": bad,
+        "bad_fraction": bad / present if present else 0.0,
         "bad_reasons": {
-            reason: n for reason in get_args(Reason) if reason != "missing" and (n := counts[f"status {reason}"])
+            reason: n for reason in get_args(Reason) if reason not in NOT_BAD and (n := counts[f"status {reason}"])
         },
+        "also_in_eval": held_out,
+        "repeated_sounds": counts["repeated_sounds"],
         "notes": {key.removeprefix("note "): n for key, n in sorted(counts.items()) if key.startswith("note ")},
         "audio_seconds": round(counts["samples"] / sample_rate, 3),
         "dropped_seconds": counts["dropped_ms"] / 1000,
@@ -381,11 +296,13 @@ def check_bad_fraction(summary: dict[str, Any], quarantine: Path, params: Resamp
 
 
 def resample_split(
-    manifest: Path, root: Path, split: str, out: Path, scratch: Path, audio: AudioParams, params: ResampleParams
-) -> dict[str, Any]:
+    manifest: Path, root: Path, split: str, out: Path, scratch: Path, audio: AudioParams, params: ResampleParams,
+    held_out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Make `out` from scan's manifest of one split; return the summary.
 
-    `scratch` holds what is finished, and after TooManyBadClips the quarantine list; the caller deletes it.
+    What has the samples of a clip in the clips directory `held_out` is left out. `scratch` holds what is finished, and
+    after TooManyBadClips the quarantine list; the caller deletes it.
     """
     check_root(root)
     parts_dir = scratch / "parts"
@@ -395,7 +312,8 @@ def resample_split(
     lists = split_manifest(manifest, scratch / "lists", params.n_shards)
     if not lists:
         raise ValueError(f"{manifest} lists no clip: scan found no audio for split {split!r} under {root}")
-    task = partial(resample_part, root=root.absolute(), split=split, audio=audio, params=params)
+    others = None if held_out is None else held_out.absolute()
+    task = partial(resample_part, root=root.absolute(), split=split, audio=audio, params=params, held_out=others)
     parts = run_parts(task, {path.stem: path.absolute() for path in lists}, parts_dir)
 
     assembled = scratch / "assembled"
@@ -430,6 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True, help="scan's directory")
     parser.add_argument("--split", required=True)
+    parser.add_argument("--held-out", type=Path, help="clips whose samples must not come again in this split")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--summary", type=Path, required=True)
     args = parser.parse_args()
@@ -440,11 +359,20 @@ def main() -> None:
     with running(stage, args.out):
         # A raised bound must find the finished shards.
         numbers = params.model_dump_json(exclude={"max_bad_fraction"})
-        run = fingerprint(audio, numbers, str(root), args.split, manifest)
+        others = None if args.held_out is None else args.held_out / "manifest.csv"
+        run = fingerprint(audio, numbers, str(root), args.split, manifest, others)
         scratch = scratch_dir(stage, run)
-        summary = resample_split(manifest, outside(root), args.split, args.out, scratch, audio, params)
+        summary = resample_split(manifest, outside(root), args.split, args.out, scratch, audio, params, args.held_out)
         write_json(args.summary, summary)
         shutil.rmtree(scratch)
+    if summary["also_in_eval"]:
+        logger.warning(
+            "%d clips have the samples of clips of eval: left out, and named in quarantine.csv", summary["also_in_eval"]
+        )
+    if summary["repeated_sounds"]:
+        logger.warning(
+            "%d clips have the samples of others, and count as of their recording", summary["repeated_sounds"]
+        )
     if summary["notes"].get("long"):
         logger.info(
             "%d clips are of longer ones, of which %.0f s are not used (resample.long: %s)",

@@ -15,6 +15,7 @@ from pipeline import audio
 from pipeline.audio import ffmpeg, joined
 from pipeline.audio.badclip import BadClip
 from pipeline.datasets.music import Stem, Track
+from pipeline.mixtures import manifest
 from pipeline.mixtures.tracks import scan
 from pipeline.stages import resample
 
@@ -330,7 +331,7 @@ def test_a_finished_part_is_made_again_when_what_it_depends_on_has_changed(tmp_p
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         rows = "".join(f"{name[0]},a,/m/09x0r,{name},0,0.0,10.0,{name[0]}\n" for name in names)
-        (tmp_path / "00000.csv").write_text(",".join(resample.LISTED) + "\n" + rows)
+        (tmp_path / "00000.csv").write_text(",".join(manifest.LISTED) + "\n" + rows)
         resample.resample_part(tmp_path / "00000.csv", part, root=root, split="x", audio=clips, params=params)
         return part
 

@@ -21,6 +21,7 @@ import soundfile
 import webdataset
 
 from pipeline.audio import resample
+from pipeline.mixtures import manifest as manifests
 from pipeline.mixtures import shards
 from pipeline.stages import resample as stage
 
@@ -87,7 +88,7 @@ def list_clips(workspace, paths, split="train", seconds=10.0):
     rows = sorted((re.sub(r"[^A-Za-z0-9_-]", "_", path), path) for path in paths)
     with open(manifest / f"{split}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(stage.LISTED)
+        writer.writerow(manifests.LISTED)
         for clip_id, path in rows:
             size = (workspace / "corpus" / path).lstat().st_size if (workspace / "corpus" / path).exists() else 0
             writer.writerow([clip_id, "a", "/m/09x0r;/m/04rlf", path, size, 0.0, seconds, f"recording of {clip_id}"])
@@ -108,10 +109,10 @@ def configure(workspace, **changes):
     (workspace / "params.yaml").write_text(text)
 
 
-def command(out="clips", driver=None):
+def command(out="clips", driver=None, more=()):
     start = ["-c", driver] if driver else ["-m", "pipeline.stages.resample"]
     paths = ["--manifest", "manifest", "--out", out, "--summary", f"{out}.json"]
-    return [sys.executable, *start, "--split", "train", *paths]
+    return [sys.executable, *start, "--split", "train", *paths, *more]
 
 
 def environment(workspace, workers=0):
@@ -120,9 +121,9 @@ def environment(workspace, workers=0):
     }  # fmt: skip
 
 
-def run(workspace, out="clips", workers=0, driver=None, variables=None, **kwargs):
+def run(workspace, out="clips", workers=0, driver=None, variables=None, more=(), **kwargs):
     return subprocess.run(
-        command(out, driver), cwd=workspace, env=environment(workspace, workers) | (variables or {}), timeout=60,
+        command(out, driver, more), cwd=workspace, env=environment(workspace, workers) | (variables or {}), timeout=60,
         capture_output=True, text=True, **kwargs,
     )  # fmt: skip
 
@@ -485,7 +486,7 @@ def test_a_corpus_that_is_gone_is_one_error_not_many_missing_clips(small):
     assert "data.root 'corpus' is not a directory now" in done.stderr
     assert "dvc repro --force scan" in done.stderr
     listed = small / "00000.csv"
-    listed.write_text(f"{','.join(stage.LISTED)}\nx,a,/m/09x0r,x.wav,0,0.0,2.0,x\n")
+    listed.write_text(f"{','.join(manifests.LISTED)}\nx,a,/m/09x0r,x.wav,0,0.0,2.0,x\n")
     (small / "part").mkdir()
     audio = stage.AudioParams(sample_rate=32_000, clip_seconds=10.0, segment_seconds=2.0)
     params = stage.ResampleParams(format="wav", n_shards=1, max_bad_fraction=0.1, silence_db=-80.0, long="first")
@@ -513,6 +514,51 @@ def test_wav_clips_are_the_same_samples(small):
     ]
     flac, wav = shards.ClipReader(small / "clips", 32_000), shards.ClipReader(small / "wav", 32_000)
     np.testing.assert_array_equal(flac.waveform("clip0_wav"), wav.waveform("clip0_wav"))
+
+
+# ----------------------------------------------------------------------------------------------- the same samples
+
+
+def test_clips_of_train_with_the_samples_of_eval_are_left_out_counted_and_named(small):
+    """Under another name, of another recording, and as WAV in place of FLAC: the names say nothing."""
+    listed = small / "manifest/train.csv"
+    mine = listed.read_text()
+    lines = mine.splitlines()
+    wav = encoded(*soundfile.read(small / "corpus/clip1.flac"))
+    (small / "corpus/same.wav").write_bytes(wav)
+    listed.write_text("\n".join([lines[0], "same,b,/m/09x0r,same.wav,1,0.0,2.0,another upload"]) + "\n")
+    run_well(small, out="eval")
+    listed.write_text(mine)
+    done = run_well(small, more=("--held-out", "eval"))
+    rows = {row["clip_id"]: row for row in rows_of(small / "clips/manifest.csv")}
+    assert {clip_id for clip_id, row in rows.items() if row["status"] != "ok"} == {"clip1_flac"}
+    assert (rows["clip1_flac"]["status"], rows["clip1_flac"]["detail"]) == ("also_in_eval", "the samples of same")
+    assert {row["reason"] for row in rows_of(small / "clips/quarantine.csv")} == {"also_in_eval"}
+    summary = json.loads((small / "clips.json").read_text())
+    assert (summary["also_in_eval"], summary["bad"], summary["bad_fraction"], summary["kept"]) == (1, 0, 0, 9)
+    assert "1 clips have the samples of clips of eval" in done.stderr
+    assert "clip1_flac" not in shards.ClipReader(small / "clips", 32_000).clips
+    run_well(small, out="two", workers=2, more=("--held-out", "eval"))
+    assert contents(small / "two") == contents(small / "clips")
+
+
+def test_clips_with_the_same_samples_are_of_one_recording(workspace):
+    """a and b share samples, b's recording has c, c and d share samples: all four are one, e is not."""
+    sounds = {"a.wav": 0, "b.wav": 0, "c.wav": 1, "d.wav": 1, "e.wav": 2}
+    write_files(
+        workspace,
+        {name: encoded(sound(2, seed=seed)) for name, seed in sounds.items()},
+    )
+    configure(workspace)
+    list_clips(workspace, list(sounds), seconds=2.0)
+    listed = workspace / "manifest/train.csv"
+    listed.write_text(listed.read_text().replace("recording of c_wav", "recording of b_wav"))
+    done = run_well(workspace)
+    assert [row["recording"] for row in rows_of(workspace / "clips/manifest.csv")] == 4 * ["recording of a_wav"] + [
+        "recording of e_wav"
+    ]
+    assert json.loads((workspace / "clips.json").read_text())["repeated_sounds"] == 2
+    assert "2 clips have the samples of others" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- long clips
@@ -588,12 +634,12 @@ def test_a_piece_that_is_called_like_another_clip_is_refused(long):
 def test_a_manifest_cut_in_pieces_is_the_same_lists(workspace, monkeypatch):
     list_clips(workspace, [f"clip{i:04d}.wav" for i in range(1000)])
     manifest = workspace / "manifest/train.csv"
-    whole = stage.split_manifest(manifest, workspace / "whole", 7)
-    monkeypatch.setattr(stage, "_ROWS_HELD", 13)
-    pieces = stage.split_manifest(manifest, workspace / "pieces", 7)
+    whole = manifests.split_manifest(manifest, workspace / "whole", 7)
+    monkeypatch.setattr(manifests, "_ROWS_HELD", 13)
+    pieces = manifests.split_manifest(manifest, workspace / "pieces", 7)
     assert [path.read_bytes() for path in pieces] == [path.read_bytes() for path in whole]
     assert sum(len(rows_of(path)) for path in whole) == 1000
-    assert list(stage.read_rows(manifest, chunk=100)) == rows_of(manifest)
+    assert list(manifests.read_rows(manifest, chunk=100)) == rows_of(manifest)
 
 
 @pytest.mark.parametrize(
@@ -606,9 +652,9 @@ def test_a_manifest_cut_in_pieces_is_the_same_lists(workspace, monkeypatch):
     ],
 )
 def test_a_manifest_that_scan_did_not_write_is_refused(workspace, text, message):
-    (workspace / "m.csv").write_text(text.replace("{header}", ",".join(stage.LISTED)))
+    (workspace / "m.csv").write_text(text.replace("{header}", ",".join(manifests.LISTED)))
     with pytest.raises(ValueError, match=message):
-        stage.split_manifest(workspace / "m.csv", workspace / "lists", 4)
+        manifests.split_manifest(workspace / "m.csv", workspace / "lists", 4)
 
 
 def test_an_empty_manifest_is_an_error_that_names_it(workspace):
