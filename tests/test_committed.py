@@ -13,10 +13,13 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from pipeline.reporting import encoder, music, tables
+from pipeline.reporting.blind import read_pretraining, read_results
+from pipeline.reporting.blind_tables import blind_tables, markdown
 from pipeline.reporting.gates import evaluate_gates
 from pipeline.reporting.headline import headline
 from pipeline.reporting.scores import QUERIES
+from pipeline.reporting.sections.encoder import encoder_metrics
+from pipeline.reporting.sections.table1 import COLUMNS, our_systems, systems_table
 from pipeline.stages.report import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +42,17 @@ def entries(settings, metrics):
     """The entries from their summaries, with the intervals of metrics.json: their scores are not committed."""
     found = {
         name: {key.removeprefix(f"mixit.{name}."): x for key, x in metrics.items() if key.startswith(f"mixit.{name}.")}
-        for name in settings.mixit or {}
+        for name in settings.blind
     }
     intervals = {name: {k: x for k, x in own.items() if k[-6:] in ("_ci_lo", "_ci_hi")} for name, own in found.items()}
-    return music.read_entries(REPORTS / "stages", settings.mixit or {}, {}, intervals)
+    return read_results(REPORTS / "stages", settings.blind, {}, intervals)
 
 
 @pytest.fixture(scope="module")
 def rows(metrics, settings, entries):
-    """Table I from metrics.json: ours, as the page and table1.md show it."""
-    return tables.our_rows(metrics, list(settings.separators), QUERIES, [entry.name for entry in entries])
+    """Rows of Table I from metrics.json: ours, as the page and table1.md show them."""
+    systems = our_systems(metrics, list(settings.models), QUERIES, [entry.name for entry in entries])
+    return systems_table(systems).rows
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -73,9 +77,9 @@ def test_the_provenance_is_of_these_params():
     assert found["params"]["sha256"] == hashlib.sha256((ROOT / "params.yaml").read_bytes()).hexdigest()
 
 
-def test_the_headline_is_of_the_metrics(metrics, settings, entries):
+def test_the_headline_is_of_the_metrics(metrics, settings):
     failed = sum(not gate.passed for gate in evaluate_gates(metrics, settings.bounds))
-    expected = headline(metrics, list(settings.separators), [entry.name for entry in entries], failed)
+    expected = headline(metrics, list(settings.models), failed)
     assert json.loads((REPORTS / "headline.json").read_text()) == expected
     assert failed == 0
 
@@ -84,9 +88,12 @@ def test_the_metrics_are_of_the_stages_summaries(metrics, settings, entries):
     def summary(name):
         return json.loads((REPORTS / "stages" / f"{name}.json").read_text())
 
-    models = [name for name, entry in settings.separators.items() if "fusion" in entry.get("model", {})]
-    expected = encoder.encoder_metrics(summary("pretrain_mae"), {m: summary(f"probe_{m}") for m in models}, {})
-    expected |= music.metrics(entries, music.read_pretraining(REPORTS / "stages"))
+    probes = {model: summary(f"probe_{model}") for model in settings.with_features}
+    expected = encoder_metrics(summary("pretrain_mae"), probes, {})
+    pretraining = read_pretraining(summary("pretrain_performer"))
+    expected |= {f"pretrain_performer.{key}": value for key, value in pretraining.items()}
+    for entry in entries:
+        expected |= entry.metrics()
     assert {key: metrics.get(key) for key in expected} == expected
     for split in ("train", "eval"):
         assert metrics[f"data.{split}.pairs"] == summary(f"pairs_{split}")["pairs"]
@@ -96,11 +103,9 @@ def test_table_1_is_of_the_metrics_cell_by_cell(rows):
     text = (REPORTS / "table1.md").read_text().split("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     written = [[cell.strip() for cell in line.split(" | ")] for line in (line[2:-2] for line in lines)]
-    assert written[0][2:] == list(tables.COLUMNS.values())
-    found = {(cells[0], cells[1]): cells[2:] for cells in written[1:]}
+    assert written[0][2:] == list(COLUMNS.values())
     for row in rows:
-        key = (tables.escape(row.system), row.query)
-        assert found[key] == [tables.escape(tables.cell(row, column)) for column in tables.COLUMNS]
+        assert [cell.markdown for cell in row.cells] in written
     assert len(rows) > 2
 
 
@@ -114,14 +119,14 @@ def test_the_page_is_of_the_metrics_cell_by_cell(rows, metrics, settings):
     section = page[page.index('<section id="table1">') : page.index('<section id="classes">')]
     shown = cells(section)
     for row in rows:
-        texts = [row.system, row.query, *(tables.cell(row, column) for column in tables.COLUMNS)]
-        assert [text.split() for text in texts] in shown, row.system
+        assert [str(cell).split() for cell in row.cells] in shown
     for gate in evaluate_gates(metrics, settings.bounds):
-        (found,) = [row for row in shown if row[1:2] == [[gate.key]]]
-        assert found[0] == ["pass" if gate.passed else "FAIL"]
+        (found,) = [row for row in shown if row[:1] == [[gate.key]]]
+        assert found[1] == ["pass" if gate.passed else "FAIL"]
         assert found[2] == [f"{gate.value:.4g}"]
 
 
 def test_the_tables_without_queries_are_of_the_summaries(entries, settings):
-    shown = music.report_tables(entries, music.read_pretraining(REPORTS / "stages"))
-    assert (REPORTS / "mixit.md").read_text() == music.markdown(entries, shown, settings.music)
+    pretraining = json.loads((REPORTS / "stages" / "pretrain_performer.json").read_text())
+    shown = blind_tables(entries, read_pretraining(pretraining))
+    assert (REPORTS / "mixit.md").read_text() == markdown(entries, shown, settings.music_source)

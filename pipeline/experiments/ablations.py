@@ -28,15 +28,15 @@ import dvc.api  # type: ignore[import-untyped]
 from ruamel.yaml import YAML
 
 from pipeline.core.runtime import read_json, run_command, write_atomic
-from pipeline.reporting.encoder import (
-    ABLATED,
+from pipeline.reporting.ablation_table import (
     ABLATION_COLUMNS,
-    BASELINE,
-    DIFFERENCES,
     ablation_row,
-    ablations,
+    ablation_table,
+    about,
     as_it_stands,
+    read_ablations,
 )
+from pipeline.reporting.tables import markdown_escape
 
 log = logging.getLogger(__name__)
 
@@ -169,19 +169,19 @@ def collect(known: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
     """
     current = read_json(reports / "metrics.json")
     path = reports / "ablations.csv"
+    references, workspace = finished(), params_of(None)
     try:
-        kept = {(row["name"], row["setting"]): row for row in ablations(path, current)}
+        kept = {(row["name"], row["setting"]): row for row in read_ablations(path, current, workspace)}
     except ValueError as error:  # of an older form, or no table
         log.warning("made anew: %s", error)
         kept = {}
-    rows = [as_it_stands(current)]
-    references, workspace = finished(), params_of(None)
+    rows = [as_it_stands(current, workspace)]
     for ablation in known:
         setting = " ".join(ablation.settings)
         if ablation.name in references:
             check_same_but(ablation, references[ablation.name], workspace)
             metrics = json.loads(_run("git", "show", f"{references[ablation.name]}:{reports / 'metrics.json'}"))
-            rows.append(ablation_row(ablation.name, setting, ablation.why, metrics))
+            rows.append(ablation_row(ablation.name, setting, ablation.why, metrics, workspace))
         elif (ablation.name, setting) in kept:
             rows.append(kept[ablation.name, setting])
     text = io.StringIO()
@@ -189,20 +189,7 @@ def collect(known: Sequence[Ablation], reports: Path) -> list[dict[str, str]]:
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue())
-    lines = [
-        "# Ablations",
-        "",
-        f"{ABLATED}, average query, dB, mean over classes of the class median; the differences are to {BASELINE} of "
-        "the same experiment, by that and by the mean of means.",
-        "",
-    ]
-    titles = ["experiment", "setting", "SDRi", "difference", "difference, mean of means", "parameters", "why"]
-    lines += ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for r in rows:
-        cells = [r["name"], f"`{r['setting']}`" if r["setting"] else "", f"{r['sdri']} {r['interval']}"]
-        cells += [f"{r[column]} {r[f'{column}_interval']}" for column in DIFFERENCES]
-        cells += [r["parameters"], r["why"]]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = ["# Ablations", "", markdown_escape(about(workspace)), "", *ablation_table(rows).markdown]
     write_atomic(reports / "ablations.md", "\n".join(lines) + "\n")
     return rows
 

@@ -62,7 +62,9 @@ def code(listed: list[str], entry: str, root: Path) -> list[str]:
     """The code dependencies of a stage whose module is `entry` and whose `deps` are `listed` now, in order."""
     folders = [line for line in listed if (root / line).is_dir()]
     chosen = [line for line in listed if line.startswith(BY_NAME) and not line.endswith("__init__.py")]
-    plugins = {line[:-3].replace("/", ".") for line in chosen if (root / line).is_file()}
+    loaded = [root / line for line in chosen if (root / line).is_file()]
+    loaded += [path for folder in folders for path in (root / folder).rglob("*.py")]  # a folder stands for its files
+    plugins = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in loaded}
     needed = {source(module, root) for module in closure({entry} | plugins, root)}
     files = {path.relative_to(root).as_posix() for path in needed if _runs_something(path)}
     files = {file for file in files if not any(file.startswith(f"{folder}/") for folder in folders)}

@@ -39,14 +39,14 @@ from dvc.exceptions import DvcException  # type: ignore[import-untyped]
 from jaxtyping import Float
 from pydantic import ConfigDict, Field
 
-from pipeline.core.config import Params, load_params
+from pipeline.core.config import Params, load_params, read_document
 from pipeline.core.runtime import run_command, write_atomic, write_json
 from pipeline.evaluation.statistics import AGGREGATES, Design, Statistic, finite_mean, mean_over_classes, resample
 from pipeline.experiments.ablations import Ablation, check_same_but, finished, params_of, run
-from pipeline.reporting.encoder import BASELINE
 from pipeline.reporting.kept import PARAMS, keep, read_kept
-from pipeline.reporting.scores import RECORDINGS, SAME, TOLERANCE_DB, read_scores
-from pipeline.reporting.tables import AVERAGE, MINUS, db
+from pipeline.reporting.run import baseline as first_separator
+from pipeline.reporting.scores import AVERAGE, RECORDINGS, SAME, TOLERANCE_DB, read_scores
+from pipeline.reporting.tables import MINUS, Row, Table, db, words
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class SeedParams(Params):
 
 
 class BootstrapParams(Params):
-    """What `report:` in params.yaml says of intervals: these are drawn as the report's are."""
+    """Settings of intervals in `report:` of params.yaml: these are drawn as the report's are."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -283,7 +283,7 @@ def summarise(
     *,
     n_resamples: int,
     seed: int,
-    baseline: str = BASELINE,
+    baseline: str,
     equivalent: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """All of seeds.json: each model, each minus the baseline, and each pair of `equivalent`; null where undefined."""
@@ -424,7 +424,7 @@ def _cells(row: Mapping[str, Any], *, signed: bool) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return Table(header, [Row(words(*row)) for row in rows]).markdown
 
 
 def table_again(folder: Path) -> dict[str, Any]:
@@ -432,7 +432,11 @@ def table_again(folder: Path) -> dict[str, Any]:
     runs, equivalent = read_kept(folder)
     bootstrap = load_params("report", BootstrapParams, folder / PARAMS)
     return summarise(
-        runs, n_resamples=bootstrap.bootstrap_resamples, seed=bootstrap.bootstrap_seed, equivalent=equivalent
+        runs,
+        n_resamples=bootstrap.bootstrap_resamples,
+        seed=bootstrap.bootstrap_seed,
+        baseline=first_separator(read_document(folder / PARAMS)),
+        equivalent=equivalent,
     )
 
 

@@ -52,15 +52,19 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")  # the seventh series has the first one's colour again
+MAX_LINES = 4  # of a chart of classes, or both queries of every model are too many dots
 MAX_NAMED_CLASSES = 60  # more rows than this and the names no longer fit: a profile of ranks is drawn instead
 
 
-def class_chart(per_class: pd.DataFrame) -> str:
+def class_chart(per_class: pd.DataFrame, nothing: float | None = None) -> str:
     """Median SDRi of every class with its interval, per model and query, sorted by the first model's average query.
 
-    `per_class` as of `statistics.summarise`. Up to 60 classes are named; beyond, the classes are ranks.
+    `per_class` as of `bootstrap.summarise`. Up to 60 classes are named; beyond, the classes are ranks. Of more than
+    four lines only those of the first query are drawn. `nothing` is what half of the mixture scores, in dB.
     """
     lines = list(dict.fromkeys(zip(per_class["model"], per_class["query"], strict=True)))
+    if len(lines) > MAX_LINES:
+        lines = [line for line in lines if line[1] == lines[0][1]]
     first = per_class[(per_class["model"] == lines[0][0]) & (per_class["query"] == lines[0][1])]
     order = first.sort_values(["sdri_median", "class_index"], na_position="first")["class_index"].tolist()
     names = dict(zip(first["class_index"], first["class_name"], strict=True))
@@ -87,7 +91,10 @@ def class_chart(per_class: pd.DataFrame) -> str:
                 rank = np.arange(len(order), 0, -1)
                 axes.fill_between(rank, low, high, color=colour, alpha=0.15, linewidth=0)
                 axes.plot(rank, point, color=colour, linewidth=1.1, linestyle="-" if filled else ":", label=label)
-        (axes.axvline if named else axes.axhline)(0, color=MUTED, linewidth=0.9)
+        line = axes.axvline if named else axes.axhline
+        line(0, color=MUTED, linewidth=0.9)
+        if nothing is not None:
+            line(nothing, color=MUTED, linewidth=1.1, linestyle="--", label=f"half of the mixture, {nothing:.2f} dB")
         if named:
             axes.set_yticks(np.arange(len(order)), [plain(str(names[index])) for index in order])
             axes.tick_params(axis="y", length=0)
@@ -156,8 +163,11 @@ class Point:
     high: float | None = None
 
 
-def length_chart(panels: Mapping[str, Sequence[Point]]) -> str:
-    """One panel per quantity, side by side: values against the length of the segments, a line per series."""
+def length_chart(panels: Mapping[str, Sequence[Point]], *, nothing: float | None = None) -> str:
+    """One panel per quantity, side by side: values against the length of the segments, a line per series.
+
+    `nothing` is what doing nothing scores by all quantities, drawn as a line.
+    """
     series = list(dict.fromkeys(point.series for points in panels.values() for point in points))
     lengths = sorted({point.seconds for points in panels.values() for point in points})
     with matplotlib.rc_context(_STYLE):
@@ -172,6 +182,8 @@ def length_chart(panels: Mapping[str, Sequence[Point]]) -> str:
                 own = sorted((p for p in points if p.series == name), key=lambda p: p.seconds)
                 _length_line(axes, own, i, 1.025 ** (i - (len(series) - 1) / 2))
             axes.axhline(0, color=MUTED, linewidth=0.9)
+            if nothing is not None:
+                axes.axhline(nothing, color=MUTED, linewidth=1.1, linestyle="--")
             if all((p.value or 0) >= 0 and (p.low or 0) >= 0 for p in points):
                 axes.set_ylim(bottom=0)
             axes.set_xscale("log")
@@ -185,9 +197,11 @@ def length_chart(panels: Mapping[str, Sequence[Point]]) -> str:
             for i in range(len(series))
         ]
         if handles:
-            figure.legend(
-                handles, [plain(name) for name in series], loc="outside upper left", ncols=2, handlelength=2.4
-            )
+            names = [plain(name) for name in series]
+            if nothing is not None:
+                handles.append(Line2D([], [], color=MUTED, linewidth=1.1, linestyle="--"))
+                names.append("doing nothing")
+            figure.legend(handles, names, loc="outside upper left", ncols=2, handlelength=2.4)
         return _svg(figure)
 
 

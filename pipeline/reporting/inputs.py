@@ -89,6 +89,11 @@ class SplitData:
         return thin
 
     @property
+    def without_pairs(self) -> list[str]:
+        """Mids of the classes that no pair is of: for want of anchors, or of an interferer."""
+        return sorted({*(self.classes_without_anchors or []), *(self.classes_without_pairs or [])})
+
+    @property
     def clips_listed(self) -> int | None:
         """All clips of the metadata."""
         known = [self.clips_missing, self.clips_kept, self.clips_quarantined]
@@ -161,25 +166,10 @@ def read_pairs(pairs: Path) -> pd.DataFrame | None:
     return pd.read_parquet(path) if path.is_file() else None
 
 
-def read_curves(summaries: Path, models: list[str]) -> dict[str, pd.DataFrame]:
-    """Training curves of the models that were trained here (a published checkpoint has none)."""
-    found = {model: summaries / f"train_{model}.csv" for model in models}
-    return {model: pd.read_csv(path) for model, path in found.items() if path.is_file()}
-
-
 def read_curve(path: Path, name: str) -> dict[str, pd.DataFrame]:
     """One training curve under a name; empty where there is none, or nothing in it."""
     curve = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     return {} if curve.empty else {name: curve}
-
-
-def read_summaries(summaries: Path, names: list[str]) -> dict[str, dict[str, Any] | None]:
-    """Stage summaries by name; None where a stage was not run."""
-    found: dict[str, dict[str, Any] | None] = {}
-    for name in names:
-        path = summaries / f"{name}.json"
-        found[name] = read_json(path) if path.is_file() else None
-    return found
 
 
 def flat_scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.runtime import write_atomic
-from pipeline.reporting.scores import KEYS
-from pipeline.reporting.tables import AVERAGE
+from pipeline.reporting.scores import AVERAGE, KEYS
 
 SCORES, PARAMS = "scores.parquet", "params.yaml"
 _EQUIVALENT = b"equivalent"

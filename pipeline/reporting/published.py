@@ -12,7 +12,8 @@ from jaxtyping import Float
 from ruamel.yaml import YAML
 
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
-from pipeline.reporting.tables import AVERAGE, Row, db, markdown_table
+from pipeline.reporting.scores import AVERAGE
+from pipeline.reporting.tables import Cell, Row, Table, Tone, db, words
 
 MET, NOT_MET, ABSENT = "met", "not met", "not in this data"
 ANCHORS_PER_CLASS = 20  # whose spectra are looked at
@@ -43,17 +44,13 @@ def figures() -> dict[str, Any]:
     return content
 
 
-def table_1_rows() -> list[Row]:
-    """Zhao et al.'s Table I, in the columns of ours: Kong et al.'s aggregate, the class median, for it names none."""
-    return [
-        Row(
-            printed["system"],
-            printed["query"],
-            {f"{key}_class_median_mean": printed[key] for key in ("sdr", "sdri") if key in printed},
-            ours=False,
-        )
-        for printed in figures()["table_1"]
-    ]
+def as_published(models: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first model whose features, frozen, are joined as we read the paper; None where there is none.
+
+    `models` are the settings of the models with features, by name.
+    """
+    frozen = {"upstream": "mae", "freeze_mae": True, "mae_input": "pad1024", "fusion": "freq"}
+    return next((name for name, model in models.items() if frozen.items() <= model.items()), None)
 
 
 # ---------------------------------------------------------------------------------------------- spectral flatness
@@ -192,12 +189,8 @@ def _flatness_check(gains: pd.DataFrame) -> Check:
     return Check(says, here, MET if rho < 0 and p < 0.05 else NOT_MET)
 
 
-def checks_markdown(checks: Sequence[Check]) -> str:
-    """The section of table1.md that holds the checks."""
-    rows = [[check.says, check.here, check.verdict] for check in checks]
-    return (
-        "\n".join(
-            ["## What the paper says of the classes", "", CHECKS_ARE, "", *markdown_table(["", "here", ""], rows)]
-        )
-        + "\n"
-    )
+def checks_table(checks: Sequence[Check]) -> Table:
+    """A row for each sentence of the paper: what it says, what is found here, and whether that agrees."""
+    tones: dict[str, Tone] = {MET: "good", NOT_MET: "bad", ABSENT: "muted"}
+    rows = [Row([*words(check.says, check.here), Cell(check.verdict, tone=tones[check.verdict])]) for check in checks]
+    return Table(["Zhao et al.", "here", ""], rows, n_text=-1)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-QUERIES = ("average", "oracle")
+AVERAGE = "average"  # the query that a user has: the mean embedding of the class
+QUERIES = (AVERAGE, "oracle")
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: it names files
 RECORDINGS = ["target_recording", "interferer_recording"]
 SAME = ["class_index", "mid", "target_clip", *RECORDINGS, "interferer_class_index"]  # of a pair, for every model

@@ -1,139 +1,124 @@
-"""Table I, ours beside the paper's: the rows for the page and for table1.md, from the numbers of metrics.json."""
+"""Tables of words and numbers, each written as HTML and as Markdown from the same cells; and numbers as text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-AVERAGE = "average"
+from markupsafe import Markup, escape
+
 MINUS, DASH = "\u2212", "\u2013"
-HALF_MIXTURE = "half of the mixture, nothing separated"
-ISOLATED = "from isolated sources"
-UNSUPERVISED = f"MixIT {ISOLATED}, best assignment"
-BEST_ASSIGNMENT = (
-    f"{UNSUPERVISED}: the model learnt from mixtures that were added up from isolated sources (anchors, stems), not "
-    "from recordings of several at once. It has no query, and of the ways to sort its outputs the one that fits the "
-    "references best is taken. Nobody who separates has those: an upper bound, and no competitor of a query."
-)
+
+MANY_COLUMNS = 8  # a table of more is set closer
+
+Tone = Literal["", "good", "bad", "muted"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: text, its interval apart, and how it is set."""
+
+    text: str
+    interval: str = ""
+    tone: Tone = ""
+    code: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.interval}".strip()
+
+    @property
+    def markdown(self) -> str:
+        """The cell as Markdown; a bad one is bold."""
+        text = markdown_escape(self.text)
+        if self.code and text:
+            text = f"`{' '.join(self.text.split()).replace('`', '').replace('|', chr(92) + '|')}`"
+        if self.tone == "bad":
+            text = f"**{text}**"
+        return f"{text} {self.interval}".strip()
+
+    @property
+    def html(self) -> Markup:
+        """The inside of the cell as HTML, the interval on a line of its own."""
+        text = escape(self.text)
+        if self.code and self.text:
+            text = Markup("<code>{}</code>").format(text)
+        if self.tone:
+            text = Markup('<span class="{}">{}</span>').format(self.tone, text)
+        return text + Markup('<br><span class="ci">{}</span>').format(self.interval) if self.interval else text
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system under one kind of query; `numbers` by the column's key, those unknown left out."""
+    """One row of a table; a reference (another's numbers, or doing nothing) is set apart from ours."""
 
-    system: str
-    query: str
-    numbers: dict[str, int | float] = field(default_factory=dict)
-    ours: bool = True
+    cells: Sequence[Cell]
+    reference: bool = False
+    flag: str = ""  # a word of warning behind the name
+
+    @property
+    def markdown(self) -> str:
+        """The row as a line of Markdown."""
+        first, *others = (cell.markdown for cell in self.cells)
+        return "| " + " | ".join([f"{first} ({markdown_escape(self.flag)})" if self.flag else first, *others]) + " |"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Something that makes our numbers comparable with the paper's, or not."""
+class Table:
+    """A table whose first `n_text` columns hold words and the others numbers; `n_text` -1: all hold words."""
 
-    what: str
-    ours: str
-    paper: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    n_text: int = 1
+    title: str = ""
+    notes: Sequence[str] = ()
 
     @property
-    def same(self) -> bool:
-        """Whether there is nothing to hold against the comparison here."""
-        return self.ours == self.paper
+    def markdown(self) -> list[str]:
+        """The lines of the table as Markdown, without title and notes; every text is escaped."""
+        header = "| " + " | ".join(map(markdown_escape, self.columns)) + " |"
+        return [header, "|" + " --- |" * len(self.columns), *(row.markdown for row in self.rows)]
+
+    @property
+    def html(self) -> Markup:
+        """The table as HTML, without title and notes; every text is escaped."""
+        head = Markup("").join(self._cell("th", i, escape(title)) for i, title in enumerate(self.columns))
+        wide = Markup(' class="wide"') if len(self.columns) > MANY_COLUMNS else ""
+        lines = [Markup('<div class="scroll"><table{}><thead><tr>{}</tr></thead><tbody>').format(wide, head)]
+        for row in self.rows:
+            flag = Markup(' <span class="flag">{}</span>').format(row.flag) if row.flag else ""
+            cells = [
+                self._cell("td" if i else "th", i, cell.html + flag if i == 0 else cell.html)
+                for i, cell in enumerate(row.cells)
+            ]
+            kind = Markup(' class="reference"') if row.reference else ""
+            lines.append(Markup("<tr{}>{}</tr>").format(kind, Markup("").join(cells)))
+        return Markup("\n").join([*lines, Markup("</tbody></table></div>")])
+
+    def _cell(self, tag: str, column: int, content: Markup) -> Markup:
+        number = Markup(' class="n"') if 0 <= self.n_text <= column else ""
+        return Markup("<{0}{1}>{2}</{0}>").format(tag, number, content)
+
+    def section(self) -> list[str]:
+        """Title, table and notes as the lines of a section of Markdown."""
+        body = self.markdown if self.rows else ["No entry."]
+        notes = [f"- {markdown_escape(note)}" for note in self.notes]
+        return [f"## {markdown_escape(self.title)}", "", *body, *(["", *notes] if notes else [])]
 
 
-# Means first: with few pairs a class the median is biased, and its interval one-sided.
-COLUMNS = {
-    "sdri_class_mean_mean": "SDRi, mean of means",
-    "si_sdri_class_mean_mean": "SI-SDRi, mean of means",
-    "sdri_class_median_mean": "SDRi",
-    "sdr_class_median_mean": "SDR",
-    "si_sdri_class_median_mean": "SI-SDRi",
-    "bss_sdr_class_median_mean": "BSS SDR",
-    "bss_sir_class_median_mean": "BSS SIR",
-    "bss_sar_class_median_mean": "BSS SAR",
-    "n_pairs": "pairs",
-    "n_classes": "classes",
-}
-
-SHARES = {
-    "share_improved_3_db": "SDRi above 3 dB",
-    "share_above_half": "better than half of the mixture",
-    "share_si_sdri_above_0": "SI-SDRi above 0",
-    "share_si_sdri_above_5_db": "SI-SDRi above 5 dB",
-    "share_other_louder": "the interferer is the louder one (SIR below 0)",
-}
-"""Shares of the pairs, by their keys in metrics.json."""
-
-ONE_TRAINING = (
-    "One training each is no verdict: the intervals are over recordings. Another seed moves a difference by more, and "
-    "so does the same seed on another kind of processor, whose sums differ in their last bits. "
-    "python -m pipeline seeds gives intervals over trainings."
-)
+def markdown_escape(text: str) -> str:
+    """A text that opens no cell, code or tag in Markdown: names are data."""
+    for character in "\\`*<>|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
 
 
-def our_rows(
-    metrics: Mapping[str, int | float],
-    models: Sequence[str],
-    queries: Sequence[str],
-    unsupervised: Sequence[str] = (),
-) -> list[Row]:
-    """One row per model and query that has numbers, in this order; those of the separators without queries
-    that were scored on the same pairs; then what half of the mixture scores.
-    """
-    rows = []
-    for model in models:
-        for query in queries:
-            prefix = f"{model}.{query}."
-            numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-            if numbers:
-                rows.append(Row(model, query, numbers))
-    for name in unsupervised:
-        prefix = f"mixit.{name}.pairs_"
-        numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-        if numbers:
-            n_pairs = {"n_pairs": metrics[f"mixit.{name}.n_pairs"]} if f"mixit.{name}.n_pairs" in metrics else {}
-            rows.append(Row(f"{name} ({UNSUPERVISED})", DASH, numbers | n_pairs))
-    half = "half_mixture."
-    numbers = {key.removeprefix(half): value for key, value in metrics.items() if key.startswith(half)}
-    if numbers:
-        # SDR rewards turning down what one cannot separate: 3 dB at 0 dB. SI-SDR does not.
-        nothing = {"si_sdri_class_median_mean": 0.0, "si_sdri_class_mean_mean": 0.0}
-        rows.append(Row(HALF_MIXTURE, DASH, numbers | nothing))
-    return rows
+def words(*texts: str) -> list[Cell]:
+    """One plain cell for each text."""
+    return [Cell(text) for text in texts]
 
 
-def difference_rows(metrics: Mapping[str, int | float], models: Sequence[str], queries: Sequence[str]) -> list[Row]:
-    """One row per later model and query: its difference to the first model. Empty for a single model."""
-    rows = []
-    for model in models[1:]:
-        for query in queries:
-            prefix = f"{model}.{query}.vs_{models[0]}."
-            numbers = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-            if numbers:
-                rows.append(Row(f"{model} {MINUS} {models[0]}", query, numbers))
-    return rows
-
-
-def below_half(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each of our rows that does not reach what half of the mixture scores by SDRi."""
-    key = "sdri_class_mean_mean"
-    half = next((row.numbers[key] for row in rows if row.system == HALF_MIXTURE), None)
-    if half is None:
-        return []
-    return [
-        f"{row.system}, {row.query} query: its SDRi of {db(row.numbers[key])} dB is below the {db(half)} dB of half of "
-        "the mixture, with which nothing is separated."
-        for row in rows
-        if key in row.numbers and row.numbers[key] < half
-    ]
-
-
-def without_width(n_classes_with_one_clip: int, n_classes: int) -> list[str]:
-    """A sentence where no class has more than one target clip, so that the intervals, drawn over clips, are points."""
-    if not n_classes or n_classes_with_one_clip < n_classes:
-        return []
-    return [
-        "No class has pairs of more than one target clip, so that there is nothing to draw from: the intervals are "
-        "points, and neither they nor p say how sure a number is."
-    ]
+def number(numbers: Mapping[str, int | float], key: str, *, signed: bool = False) -> Cell:
+    """A number of dB with its interval, where it has one; a dash where there is no such number."""
+    return Cell(db(numbers.get(key), signed=signed), interval(numbers, key, signed=signed))
 
 
 def db(value: int | float | None, *, signed: bool = False) -> str:
@@ -146,86 +131,39 @@ def db(value: int | float | None, *, signed: bool = False) -> str:
     return ("+" if signed and value > 0 else "") + text.replace("-", MINUS)
 
 
-def p_value(value: int | float) -> str:
-    """A p with two digits; below 0.0001 its size is no news."""
-    return "< 0.0001" if value < 1e-4 else f"{value:#.2g}"
-
-
 def interval(numbers: Mapping[str, int | float], key: str, *, signed: bool = False) -> str:
     """The 95 % interval beside `key`, or nothing where there is none."""
     low, high = numbers.get(f"{key}_ci_lo"), numbers.get(f"{key}_ci_hi")
     return "" if low is None or high is None else f"[{db(low, signed=signed)}, {db(high, signed=signed)}]"
 
 
-def cell(row: Row, column: str) -> str:
-    """A number of Table I as text, with its interval where it has one."""
-    value = row.numbers.get(column)
-    if value is not None and column.startswith("n_"):
-        return f"{value:,.0f}"
-    return f"{db(value)} {interval(row.numbers, column)}".strip()
+def count(value: int | float | None) -> str:
+    """A whole number with thousands separators; a dash for None."""
+    return fixed(value, 0)
 
 
-def share(row: Row, key: str) -> str:
-    """A share of the pairs in percent, or a dash."""
-    value = row.numbers.get(key)
+def fixed(value: int | float | None, digits: int) -> str:
+    """A number with so many decimals and thousands separators; a dash for None."""
+    return DASH if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: int | float | None) -> str:
+    """A share as whole percent; a dash for None."""
     return DASH if value is None else f"{100 * value:.0f} %"
 
 
-def with_shares(rows: Sequence[Row]) -> list[Row]:
-    """Keep the rows that have a share of pairs."""
-    return [row for row in rows if any(key in row.numbers for key in SHARES)]
+def gigabytes(value: int | float | None) -> str:
+    """A number of bytes as gigabytes; a dash for None."""
+    return DASH if value is None else f"{value / 1e9:.2f} GB"
 
 
-def table1_markdown(
-    ours: Sequence[Row],
-    paper: Sequence[Row],
-    comparisons: Sequence[Comparison],
-    notes: Sequence[str],
-    *,
-    several: bool,
-) -> str:
-    """table1.md: our rows, the paper's, shares of pairs, and what must be borne in mind in comparing them."""
-    lines = [
-        "# Table I",
-        "",
-        "In dB: the mean over classes of the per-class median, but where the column says otherwise; "
-        "in brackets the 95 % interval.",
-        "",
-    ]
-    lines += markdown_table(
-        ["", "query", *COLUMNS.values()],
-        [[row.system, row.query, *(cell(row, column) for column in COLUMNS)] for row in ours]
-        + [[f"paper: {row.system}", row.query, *(cell(row, column) for column in COLUMNS)] for row in paper],
-    )
-    if shares := with_shares(ours):
-        lines += ["", "## Shares of the pairs", ""]
-        lines += markdown_table(
-            ["", "query", *SHARES.values()], [[r.system, r.query, *(share(r, key) for key in SHARES)] for r in shares]
-        )
-    if several:
-        lines += ["", ONE_TRAINING]
-    lines += ["", "## Comparability", ""]
-    lines += markdown_table(
-        ["", "here", "paper", ""],
-        [[c.what, c.ours, c.paper, "same" if c.same else "**differs**"] for c in comparisons],
-        escape_last=False,
-    )
-    if notes:
-        lines += ["", *(f"- {escape(note)}" for note in notes)]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape_last: bool = True) -> list[str]:
-    """The lines of a table; cells are escaped."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for row in rows:
-        cells = [escape(text) if escape_last or i + 1 < len(row) else text for i, text in enumerate(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def escape(text: str) -> str:
-    """Names are data: none may open a cell, code or a tag."""
-    for character in "\\`*<>|":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+def duration(seconds: int | float | None) -> str:
+    """Seconds for people ("4.2 s", "3 min 5 s", "2 h 10 min"); a dash for None."""
+    if seconds is None:
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

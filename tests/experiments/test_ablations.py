@@ -39,6 +39,7 @@ def test_every_value_fits_the_settings():
             assert Settings(**{**usual, **changes}).model_dump() == {**usual, **changes}
 
 
+MODELS = "separators: {resunet: {}}\nmae_separators: {mae_resunet: {settings: model}}\n"
 STAGE = """\
 import json, pathlib
 from ruamel.yaml import YAML
@@ -80,7 +81,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
         monkeypatch.setenv(f"GIT_AUTHOR_{name}", value)
         monkeypatch.setenv(f"GIT_COMMITTER_{name}", value)
     (tmp_path / "stage.py").write_text(STAGE)
-    (project / "params.yaml").write_text("value: 5.5\n")
+    (project / "params.yaml").write_text(f"value: 5.5\n{MODELS}")
     dvc_yaml = {"cmd": f"{sys.executable} {tmp_path / 'stage.py'}", "params": ["value"]}
     dvc_yaml["metrics"] = [{"reports/metrics.json": {"cache": False}}]
     (project / "dvc.yaml").write_text(json.dumps({"stages": {"report": dvc_yaml}}))
@@ -106,7 +107,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     ]
     with open("reports/ablations.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
-    assert "| six | `value=6.0` | 6.00  | +1.00  | +0.50  | 1,234 | more |" in Path("reports/ablations.md").read_text()
+    assert "| six | `value=6.0` | 6.00 | +1.00 | +0.50 | 1,234 | more |" in Path("reports/ablations.md").read_text()
 
     # Another commit with the same results keeps what was run; with other results it does not.
     command("git", "add", "-A")
@@ -124,7 +125,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     assert ablations.collect([*some, three], Path("reports")) == rows
 
     command("git", "reset", "-q", "--hard", "HEAD~1")
-    (project / "params.yaml").write_text("value: 5.5\nother: 1\n")
+    (project / "params.yaml").write_text(f"value: 5.5\nother: 1\n{MODELS}")
     for again in (ablations.run, lambda chosen: ablations.collect(chosen, Path("reports"))):
         with pytest.raises(
             ValueError, match=r"experiment six differs from the workspace in more than value=6.0: see other"

@@ -193,7 +193,7 @@ def test_a_model_that_lacks_a_seed_is_compared_on_those_it_shares():
     for s in (0, 1):
         del runs[s]["alone"]
     del runs[2]["resunet"]
-    summary = summarise(runs, n_resamples=30, seed=0, equivalent=[("alone", "resunet")])
+    summary = summarise(runs, n_resamples=30, seed=0, baseline="resunet", equivalent=[("alone", "resunet")])
     rows = {row["model"]: row for row in summary["models"]}
     assert {m: row["seeds"] for m, row in rows.items()} == {"resunet": [0, 1], "mae": [1], "late": [1, 2], "alone": [2]}
     assert rows["mae"]["interval_covers"] == "recordings only"
@@ -224,11 +224,11 @@ def test_other_pairs_are_an_error_that_names_run_and_model():
         (lambda t: t.assign(sdr_mixture=1.0), "mae of seed 2 .* different mixtures"),
     ):
         with pytest.raises(ValueError, match=message):
-            summarise(broken(change), n_resamples=10, seed=0)
+            summarise(broken(change), n_resamples=10, seed=0, baseline="resunet")
     with pytest.raises(ValueError, match="no run has scores of nobody; there are resunet, mae"):
-        summarise(make_runs(), n_resamples=10, seed=0, equivalent=[("mae", "nobody")])
+        summarise(make_runs(), n_resamples=10, seed=0, baseline="resunet", equivalent=[("mae", "nobody")])
     with pytest.raises(ValueError, match="no runs"):
-        summarise({}, n_resamples=10, seed=0)
+        summarise({}, n_resamples=10, seed=0, baseline="resunet")
 
 
 def test_folders_are_named_by_their_seed(tmp_path):
@@ -248,7 +248,10 @@ def test_folders_are_named_by_their_seed(tmp_path):
 def test_bytes_depend_on_the_runs_alone(tmp_path):
     folders = save(make_runs(), tmp_path / "runs")
     for out, order in (("a", folders), ("b", folders[::-1])):
-        write(summarise(from_folders(order), n_resamples=50, seed=1, equivalent=[("mae", "resunet")]), tmp_path / out)
+        write(
+            summarise(from_folders(order), n_resamples=50, seed=1, baseline="resunet", equivalent=[("mae", "resunet")]),
+            tmp_path / out,
+        )
     for name in ("seeds.json", "seeds.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["seeds.json", "seeds.md"]
@@ -260,6 +263,7 @@ def test_the_command_writes_a_table_with_every_number(tmp_path, monkeypatch):
         runs[s]["again"] = make_scores(5 + 0.3 * s, seed=s + 50)
     folders = save(runs, tmp_path / "runs")
     (tmp_path / "params.yaml").write_text(
+        "separators: {resunet: {}}\n"
         "report: {bootstrap_resamples: 40, bootstrap_seed: 2, min_targets: 5, max_lost: 0.5}\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -292,7 +296,9 @@ def test_the_command_writes_a_table_with_every_number(tmp_path, monkeypatch):
 
 def test_the_table_is_made_again_from_what_lies_beside_it_alone(tmp_path, monkeypatch):
     folders = save(make_runs(), tmp_path / "runs")
-    (tmp_path / "of_the_runs.yaml").write_text("report: {bootstrap_resamples: 40, bootstrap_seed: 2}\n")
+    (tmp_path / "of_the_runs.yaml").write_text(
+        "separators: {resunet: {}}\nreport: {bootstrap_resamples: 40, bootstrap_seed: 2}\n"
+    )
     monkeypatch.chdir(tmp_path)
     command = ["seeds", "--runs", *map(str, folders), "--out", "kept", "--params", "of_the_runs.yaml"]
     monkeypatch.setattr(sys, "argv", [*command, "--equivalent", "mae", "resunet"])
@@ -324,7 +330,9 @@ def test_a_table_without_its_scores_is_not_made_again(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has no scores\.parquet: its table was made without"):
         seeds.main()
     make_scores().to_parquet(tmp_path / "scores.parquet")
-    (tmp_path / "params.yaml").write_text("report: {bootstrap_resamples: 40, bootstrap_seed: 2}\n")
+    (tmp_path / "params.yaml").write_text(
+        "separators: {resunet: {}}\nreport: {bootstrap_resamples: 40, bootstrap_seed: 2}\n"
+    )
     with pytest.raises(ValueError, match="is not the scores of a table over seeds"):
         seeds.main()
 
@@ -373,7 +381,9 @@ def test_seeds_are_experiments_and_none_runs_twice(tmp_path, monkeypatch):
         monkeypatch.setenv(f"GIT_AUTHOR_{name}", value)
         monkeypatch.setenv(f"GIT_COMMITTER_{name}", value)
     (tmp_path / "stage.py").write_text(STAGE)
-    params = "train: {seed: 0, steps: 5}\nreport: {bootstrap_resamples: 40, bootstrap_seed: 2}\n"
+    params = (
+        "train: {seed: 0, steps: 5}\nseparators: {resunet: {}}\nreport: {bootstrap_resamples: 40, bootstrap_seed: 2}\n"
+    )
     (project / "params.yaml").write_text(params)
     stage = {"cmd": f"{sys.executable} {tmp_path / 'stage.py'}", "params": ["train"], "outs": ["data/scores"]}
     (project / "dvc.yaml").write_text(json.dumps({"stages": {"evaluate": stage}}))

@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics import si_sdr
 from pipeline.evaluation.mixit_scores import mom_scores, stem_scores
 from pipeline.nn.features import istft, stft
 from pipeline.nn.losses import assignment_losses, mixit_loss, mixture_consistency
-from pipeline.reporting import music
+from pipeline.reporting.blind import BlindResult
 from pipeline.separators.performer import Separator, statistics
 
 RATE, SAMPLES = 8000, 4000
@@ -86,7 +86,7 @@ def si_sdr_gain(estimates, stems):
 def alarm(scores):
     """Whether the report warns of a separator with these `mom_scores`."""
     numbers = {name: float(scores[name].mean()) for name in ("snr", "do_nothing_snr", "overlap")}
-    entry = music.Entry("toy", "performer", "music", 0.5, False, 0.0, 0.0, "report", "", "ok", numbers)
+    entry = BlindResult("toy", "performer", "music", 0.5, False, 0.0, 0.0, "report", "", "ok", numbers)
     return entry.alarm
 
 

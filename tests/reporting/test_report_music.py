@@ -12,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import wavfile
 
-from pipeline.reporting import charts, music
+from pipeline.reporting import blind, charts
+from pipeline.reporting.blind import ISOLATED, BlindResult
+from pipeline.reporting.blind_tables import PRETRAINING_RAN_OUT, blind_tables, cost_table
 from pipeline.reporting.gates import Bound, evaluate_gates
 from pipeline.reporting.inputs import read_timings
-from pipeline.reporting.tables import DASH, ISOLATED, MINUS
-from pipeline.stages.report import MAX_PAGE_BYTES, Settings, report
+from pipeline.reporting.page import MAX_BYTES
+from pipeline.reporting.sections import unsupervised
+from pipeline.reporting.tables import DASH, MINUS
+from pipeline.stages.report import Settings, report
 from tests.stages.test_report import PARAMS, RATE, make_run, make_scores, write_model
 
 ENTRY = {
@@ -64,7 +68,7 @@ def known_intervals():
         return {name: intervals_of(summary) for name, summary in summaries.items()}
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("pipeline.stages.report.read_intervals", read)
+        monkeypatch.setattr("pipeline.reporting.sections.unsupervised.read_intervals", read)
         yield
 
 
@@ -183,7 +187,7 @@ def run(tmp_path_factory):
 def entries_of(tmp_path, summaries, params=ENTRIES):
     for name, summary in summaries.items():
         (tmp_path / f"evaluate_mixit_{name}.json").write_text(json.dumps(summary))
-    return music.read_entries(tmp_path, params, {}, {name: intervals_of(one) for name, one in summaries.items()})
+    return blind.read_results(tmp_path, params, {}, {name: intervals_of(one) for name, one in summaries.items()})
 
 
 def rows_of(text, title):
@@ -228,22 +232,22 @@ def test_an_entry_that_ran_out_of_memory_has_that_and_no_scores(run):
     own = {key.removeprefix("mixit.tasnet_30.") for key in metrics if key.startswith("mixit.tasnet_30.")}
     assert metrics["mixit.tasnet_30.out_of_memory"] == 1
     assert own == {"out_of_memory", "n_parameters", "n_sources", "steps", "sample_rate"}
-    row = row_of((run / "mixit.md").read_text(), "Table 1", "tasnet_30")
-    assert row[1:6] == ["conv_tasnet", MUSIC, "30 s", "MixIT alone", "9,100,000"]
-    assert row[6:] == ["out of memory", DASH, DASH, "out of memory"]  # the last is the source report's
+    row = row_of((run / "mixit.md").read_text(), "Scores", "tasnet_30")
+    assert row[1:5] == ["conv_tasnet", MUSIC, "30 s", "MixIT alone"]
+    assert row[5:] == ["out of memory", DASH, DASH, DASH, "9,100,000"]
 
 
 @given(st.floats(-20, 30), st.floats(0, 1))
 def test_the_alarm_is_for_a_good_score_with_masks_alike(snr, overlap):
     numbers = {"snr": snr, "do_nothing_snr": 3.0, "overlap": overlap}
-    entry = music.Entry("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", numbers)
+    entry = BlindResult("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", numbers)
     assert entry.alarm == (overlap > 0.5 and snr - 3.0 > 3.0)
     assert entry.idle == (snr - 3.0 < 1.0)
     assert not (entry.alarm and entry.idle)
 
 
 def test_without_an_overlap_there_is_no_alarm_to_tell():
-    entry = music.Entry("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", {"snr": 9.0})
+    entry = BlindResult("a", "performer", "music", 3.0, False, 0.0, 0.0, "report", "", "ok", {"snr": 9.0})
     assert entry.alarm is None
     assert not entry.idle
     assert set(entry.metrics()) == {"mixit.a.snr", "mixit.a.out_of_memory"}
@@ -266,23 +270,23 @@ def test_warnings_stand_in_the_page_the_text_and_the_metrics(run):
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def test_table_1_holds_every_length_of_both_and_what_doing_nothing_scores(run):
+def test_scores_of_every_entry_stand_beside_those_of_doing_nothing(run):
     text = (run / "mixit.md").read_text()
-    rows = rows_of(text, "Table 1")
-    lengths = {(row[1], row[3]) for row in rows}
-    assert {(a, f"{s} s") for a in ("performer", "conv_tasnet") for s in (3, 5, 10, 30)} <= lengths
-    assert ("performer", "2 s") in lengths
-    assert row_of(text, "Table 1", "performer_3")[5:] == [
-        "4,321,000",
+    rows = rows_of(text, "Scores")
+    assert {row[0].split(" (")[0] for row in rows} == {*ENTRIES, "doing nothing"}
+    assert row_of(text, "Scores", "performer_3")[5:] == [
+        "5.02 [4.52, 5.52]",
+        "4.25 [3.75, 4.75]",
         "8.00 [7.50, 8.50]",
         "6.00 [5.50, 6.50]",
-        "5.02 [4.52, 5.52]",
-        DASH,
+        "4,321,000",
     ]
     nothing = [row for row in rows if row[0] == "doing nothing"]
     assert [row[2:4] for row in nothing] == [[MUSIC, "3 s"], [MUSIC, "10 s"], [f"anchors, {ISOLATED}", "2 s"]]
-    assert nothing[0][6:9] == ["2.98 [2.48, 3.48]", f"{MINUS}0.03 [{MINUS}0.53, 0.47]", "0.00"]
-    assert row_of(text, "Table 1", "never")[6] == "not evaluated"
+    mixtures = ["2.98 [2.48, 3.48]", f"{MINUS}0.03 [{MINUS}0.53, 0.47]"]
+    assert nothing[0][5:] == ["0.00", "0.00", *mixtures, DASH]
+    assert nothing[2][6] == DASH  # no stems were scored there
+    assert row_of(text, "Scores", "never")[5] == "not evaluated"
     assert "conv_tasnet 9,100,000; performer 4,321,000 parameters" in text
 
 
@@ -290,33 +294,35 @@ def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
     other = summary_of("pretrained_3")
     other["moms"]["do_nothing_snr"] = 2.5
     entries = entries_of(tmp_path, {"performer_3": summary_of("performer_3"), "pretrained_3": other})
-    first = music.report_tables(entries, {})[0]
-    names = [str(line.cells[0]) for line in first.lines if line.kind == "baseline"]
+    first = blind_tables(entries, {})[0]
+    names = [str(row.cells[0]) for row in first.rows if row.reference]
     assert sorted(names) == ["doing nothing (performer_3)", "doing nothing (pretrained_3)"]
 
 
 def test_every_table_but_that_of_time_has_rows_that_do_nothing(run):
     text = (run / "mixit.md").read_text()
-    si_snr = f"{MINUS}0.03 [{MINUS}0.53, 0.47]"
-    row = row_of(text, "Table 3", "doing nothing", MUSIC, "3 s")
-    assert row[3:] == [DASH, "2.98 [2.48, 3.48]", si_snr, "0.00", "0.00", DASH]
-    for title, length in (("Table 4", "3 s"), ("Table 5", "10 s")):
-        row = row_of(text, title, "doing nothing", "equal shares", MUSIC, length)
-        assert row[4:] == [DASH, si_snr, "1.00", "8.00", "8.00", "0.00", *[DASH] * 3]
-    row = row_of(text, "What the source report", "doing nothing", "equal shares", MUSIC, "3 s")
-    assert row[4:] == [DASH, "0.00", *[DASH] * 5]
-    lengths = [row[3] for row in rows_of(text, "What the source report")]
-    assert lengths == sorted(lengths, key=lambda text: float(text.removesuffix(" s")))
+    for length in ("3 s", "10 s"):
+        masks = row_of(text, "Masks", "doing nothing", "equal shares", MUSIC, length)
+        assert masks[4:] == [DASH, "1.00", "8.00", "8.00"]
+        stems = row_of(text, "Stems", "doing nothing", "equal shares", MUSIC, length)
+        assert stems[4:] == [DASH, "0.00", *[DASH] * 6]
+    for title in ("Scores", "Stems", "Masks"):
+        rows = [row for row in rows_of(text, title) if row[2] == MUSIC]
+        lengths = [float(row[3].removesuffix(" s")) for row in rows]
+        assert lengths == sorted(lengths)
 
 
-def test_an_entry_of_several_lengths_is_held_against_no_figure(tmp_path):
+def test_masks_say_how_many_outputs_are_in_use(run):
+    row = row_of((run / "mixit.md").read_text(), "Masks", "auxiliary_10")
+    numbers = ["0.10 [0.09, 0.11]", "2.49 [1.99, 2.99]", "2.10 [1.60, 2.60]"]
+    assert row[4:] == ["diversity 0.1, sparsity 0.1 (l1l2)", *numbers]
+
+
+def test_an_entry_of_several_lengths_says_at_which_it_was_tested(tmp_path):
     several = summary_of("performer_3", trained_seconds=[3.0, 10.0], segment_seconds=10.0)
     single = summary_of("performer_10", trained_seconds=[10.0])
     entries = entries_of(tmp_path, {"performer_3": several, "performer_10": single})
     assert [(e.seconds, e.segment) for e in entries[:2]] == [(None, "3 and 10 s, tested at 10 s"), (10.0, "10 s")]
-    for table, figure in zip(music.report_tables(entries, {})[:3], (DASH, "3.52", "6.29"), strict=True):
-        found = {str(line.cells[0]): str(line.cells[-1]) for line in table.lines if line.kind == "ours"}
-        assert (found["performer_3"], found["performer_10"]) == (DASH, figure)
 
 
 def test_an_entry_tested_at_several_lengths_has_a_row_for_each_and_a_place_in_the_chart(tmp_path):
@@ -328,129 +334,38 @@ def test_an_entry_tested_at_several_lengths_has_a_row_for_each_and_a_place_in_th
     assert (shorter.seconds, shorter.tested_seconds, shorter.numbers["n_moms"]) == (None, 3.0, 7)
     assert "stem_si_snri" not in shorter.numbers
     assert longest.signature == shorter.signature
-    assert "mixit.performer_3@3s.snr" in music.metrics([longest, shorter], {})
-    assert music.length_drawing([longest, shorter]) != music.length_drawing([longest])
-
-
-ITS_DATA = "MoisesDB, from isolated sources"
-FIGURES = {  # of every table, row by row: what stands before the figures, and they
-    "Table 1": {
-        ("performer", "3 s"): ["1.66"],
-        ("performer", "5 s"): ["2.00"],
-        ("performer", "10 s"): ["2.33"],
-        ("performer", "30 s"): ["3.52"],
-        ("conv_tasnet", "3 s"): [f"{MINUS}9.11"],
-        ("conv_tasnet", "5 s"): [f"{MINUS}8.52"],
-        ("conv_tasnet", "10 s"): [f"{MINUS}9.73"],
-        ("conv_tasnet", "30 s"): ["out of memory"],
-    },
-    "Table 2": {
-        ("performer", "3 s"): ["12.57"],
-        ("performer", "5 s"): ["16.04"],
-        ("performer", "10 s"): ["35.42"],
-        ("performer", "30 s"): ["46.33"],
-        ("conv_tasnet", "3 s"): ["17.05"],
-        ("conv_tasnet", "5 s"): ["20.33"],
-        ("conv_tasnet", "10 s"): ["43.25"],
-        ("conv_tasnet", "30 s"): ["out of memory"],
-    },
-    "Table 3": {
-        ("3 s", "yes"): ["1.66"],
-        ("5 s", "yes"): ["2.00"],
-        ("10 s", "yes"): ["2.33"],
-        ("30 s", "yes"): ["3.52"],
-        ("3 s", "no"): ["2.60"],
-        ("5 s", "no"): ["3.16"],
-        ("10 s", "no"): ["3.52"],
-        ("30 s", "no"): ["out of memory"],
-    },
-    "Table 4": {
-        ("performer", "3 s"): ["2.60", "0.59", "6.36"],
-        ("performer", "5 s"): ["3.16", "0.61", "5.93"],
-        ("performer", "10 s"): ["3.87", "0.52", "6.29"],
-    },
-    "Table 5": {
-        ("performer", "3 s"): ["2.56", "0.49", "5.60"],
-        ("performer", "5 s"): ["3.32", "0.35", "4.48"],
-        ("performer", "10 s"): ["2.26", "0.44", "5.45"],
-    },
-}
-
-
-@pytest.mark.parametrize("title", FIGURES)
-def test_every_figure_of_the_source_report_stands_in_its_row(title):
-    """Without an entry of ours, all rows of a table are its own."""
-    tables = [*music.report_tables([], {}), music.cost_table([])]
-    (table,) = [table for table in tables if table.title.startswith(title)]
-    found = {}
-    for line in table.lines:
-        cells = [str(cell) for cell in line.cells]
-        assert (line.kind, cells[0], len(cells)) == ("report", "(not run here)", len(table.columns))
-        assert ITS_DATA in cells[1:3]
-        assert (cells[4] == "diversity 0.1, sparsity 0.1") == (title == "Table 5")
-        words = tuple(cell for cell in cells[1 : table.n_text] if cell not in (ITS_DATA, "pretrained", "MixIT alone"))
-        n_figures = 3 if title in ("Table 4", "Table 5") else 1
-        found[words[:2]] = cells[-n_figures:]
-        assert all(cell == DASH for cell in cells[table.n_text : -n_figures])
-    assert found == FIGURES[title]
-
-
-def test_a_figure_stands_beside_the_entry_that_is_alike_and_nowhere_else(run):
-    text = (run / "mixit.md").read_text()
-    assert row_of(text, "Table 1", "pretrained_3")[-1] == "1.66"
-    assert row_of(text, "Table 1", "performer_3")[-1] == DASH  # the source report's was pretrained
-    assert row_of(text, "Table 1", "tasnet_3 (not above doing nothing)")[-1] == f"{MINUS}9.11"
-    assert row_of(text, "Table 1", "auxiliary_10")[-1] == DASH
-    assert row_of(text, "Table 3", "performer_3")[-1] == "2.60"
-    assert row_of(text, "Table 3", "pretrained_3")[-1] == "1.66"
-    assert row_of(text, "Table 4", "performer_10 (likely spurious optimum)")[-3:] == ["3.87", "0.52", "6.29"]
-    assert row_of(text, "Table 4", "tasnet_3 (not above doing nothing)")[-3:] == [DASH] * 3
-    assert row_of(text, "Table 5", "auxiliary_10")[4:] == [
-        "diversity 0.1, sparsity 0.1 (l1l2)",
-        "5.00 [4.50, 5.50]",
-        "0.10 [0.09, 0.11]",
-        "2.49 [1.99, 2.99]",
-        "2.10 [1.60, 2.60]",
-        "4.25 [3.75, 4.75]",
-        *["2.26", "0.44", "5.45"],
-    ]
-    assert not [row for row in rows_of(text, "Table 5") if row[0] in ENTRIES and row[0] != "auxiliary_10"]
-    for title in ("Table 1", "Table 3", "Table 4"):
-        assert all(row[-1] == DASH for row in rows_of(text, title) if row[0] == "sounds_2")  # it is no music
+    assert "mixit.performer_3@3s.snr" in shorter.metrics()
+    assert unsupervised.length_drawing([longest, shorter]) != unsupervised.length_drawing([longest])
 
 
 def test_every_table_says_that_the_mixtures_are_sums_of_isolated_sources(run):
     text, page = (run / "mixit.md").read_text(), (run / "report.html").read_text()
-    for title in ("Table 1", "Table 3", "Table 4", "Table 5", "What the source report"):
+    for title in ("Scores", "Stems", "Masks"):
         rows = rows_of(text, title)
         assert rows
-        assert all(any(cell.endswith("from isolated sources") for cell in row) for row in rows), title
-    assert "from isolated sources" in page[page.index("Table 2: time") : page.index("Table 3: the Performer")]
-    assert "sounds_2 (MixIT from isolated sources, best assignment)" in (run / "table1.md").read_text()
+        assert all(any(cell.endswith(ISOLATED) for cell in row) for row in rows), title
+    assert ISOLATED in page[page.index("<h3>Time and memory of training") : page.index("<h3>By length")]
+    assert f"sounds_2 (MixIT {ISOLATED}, best assignment)" in (run / "table1.md").read_text()
 
 
 def test_the_stems_are_reported_and_what_is_undefined_is_a_dash(run):
-    row = row_of((run / "mixit.md").read_text(), "What the source report", "performer_3")
-    assert row[4:] == ["32", "4.25 [3.75, 4.75]", "1.50 [1.00, 2.00]", "5.50 [5.00, 6.00]", DASH, DASH, "2"]
+    row = row_of((run / "mixit.md").read_text(), "Stems", "performer_3")
+    assert row[5:] == ["4.25 [3.75, 4.75]", "1.50 [1.00, 2.00]", "5.50 [5.00, 6.00]", DASH, DASH, "32", "2"]
 
 
 def test_time_and_memory_are_in_the_page_alone(run):
     text, shown = (run / "mixit.md").read_text(), (run / "report.html").read_text()
-    assert "Table 2: time and memory" not in text
+    assert "Time and memory of training change from run to run" in text
     for number in ("12.3", "4,321", "7.77 GB"):
         assert f">{number}<" in shown
         assert number not in re.sub(r"4,321,000", "", text)
-    part = shown[shown.index("Table 2: time and memory") : shown.index("Table 3: the Performer")]
+    part = shown[shown.index("<h3>Time and memory of training") : shown.index("<h3>By length")]
     rows = [
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
     ]
-    by_name = {(row[0].split(" <")[0], row[1], row[3]): row for row in rows}
-    assert by_name["tasnet_3", "conv_tasnet", "3 s"][-1] == "17.05"
-    assert by_name["tasnet_30", "conv_tasnet", "30 s"][4] == "out of memory"
-    assert by_name["tasnet_30", "conv_tasnet", "30 s"][-1] == "out of memory"
-    assert by_name["performer_10", "performer", "10 s"][-1] == "35.42"
-    assert by_name["(not run here)", "performer", "30 s"][-1] == "46.33"
-    assert by_name["(not run here)", "performer", "5 s"][-1] == "16.04"
+    by_name = {row[0].split(" <")[0]: row for row in rows}
+    assert by_name["tasnet_30"][5] == "out of memory"
+    assert by_name["performer_10"][5] == "12.3"
 
 
 def test_entries_scored_on_the_pairs_have_rows_in_table_1_that_say_what_they_are(run):
@@ -483,12 +398,12 @@ def test_the_files_are_the_same_for_the_same_inputs_whatever_was_measured_of_tim
 
 def test_without_the_section_nothing_is_said(tmp_path):
     places, settings = make_run(tmp_path)
-    assert settings.mixit is None
+    assert not settings.has_blind
     metrics = report(places, tmp_path / "reports", settings)
     assert not [key for key in metrics if key.startswith(("mixit", "pretrain_performer"))]
     assert not FILES & {path.name for path in (tmp_path / "reports").iterdir()}
     shown = (tmp_path / "reports" / "report.html").read_text()
-    assert 'id="mixit"' not in shown
+    assert 'id="unsupervised"' not in shown
     assert "nsupervised" not in shown
 
 
@@ -501,7 +416,7 @@ def test_where_nothing_was_run_the_files_say_so_and_the_page_has_no_section(tmp_
     assert "None was evaluated." in (tmp_path / "reports" / "mixit.md").read_text()
     assert {path.name for path in (tmp_path / "reports").iterdir()} >= FILES
     shown = (tmp_path / "reports" / "report.html").read_text()
-    assert 'id="mixit"' not in shown
+    assert 'id="unsupervised"' not in shown
     assert ("evaluate_mixit_performer_3" in shown) == bool(params)  # among the stages not run
 
 
@@ -510,7 +425,7 @@ def test_an_entry_without_curve_or_timing_is_reported(tmp_path):
     (places.summaries / "train_mixit_tasnet_30.csv").unlink()
     (places.timings / "train_mixit@tasnet_30.json").unlink()
     report(places, tmp_path / "reports", settings)
-    assert 'id="mixit"' in (tmp_path / "reports" / "report.html").read_text()
+    assert 'id="unsupervised"' in (tmp_path / "reports" / "report.html").read_text()
 
 
 def test_a_pretraining_that_ran_out_of_memory_is_told_as_that(tmp_path):
@@ -524,10 +439,10 @@ def test_a_pretraining_that_ran_out_of_memory_is_told_as_that(tmp_path):
     )
     report(places, tmp_path / "reports", settings)
     text, shown = ((tmp_path / "reports" / name).read_text() for name in ("mixit.md", "report.html"))
-    assert row_of(text, "Table 3", "pretrained_3")[4:] == ["out of memory in pretraining", *[DASH] * 3, "1.66"]
-    assert f"- {music.PRETRAINING_RAN_OUT}\n" in text
-    assert "here, by what it fills in" not in text
-    assert shown.count(music.PRETRAINING_RAN_OUT) == 2  # below Table 3, and in place of the curve
+    assert row_of(text, "Scores", "pretrained_3")[5:9] == ["out of memory in pretraining", *[DASH] * 3]
+    assert f"- {PRETRAINING_RAN_OUT}\n" in text
+    assert "Loss of the Performer's pretraining" not in text
+    assert shown.count(PRETRAINING_RAN_OUT) == 2  # below the scores, and in place of the curve
     assert "no training curve" in (tmp_path / "reports" / "mixit_pretraining.svg").read_text()
     metrics = json.loads((tmp_path / "reports" / "metrics.json").read_text())
     assert {k: v for k, v in metrics.items() if k.startswith("pretrain_performer")} == {
@@ -543,23 +458,17 @@ def test_whether_an_entry_would_fit_is_not_told_by_its_pretraining(tmp_path):
     timing = {"train_mixit@pretrained_3": {"seconds": 1.0, "peak_rss_bytes": 5e8}}
     ran_out = {**out_of_memory("pretrained_3"), "pretraining": "out_of_memory"}
     (tmp_path / "evaluate_mixit_pretrained_3.json").write_text(json.dumps(ran_out))
-    entries = music.read_entries(tmp_path, {"pretrained_3": ENTRIES["pretrained_3"]}, timing, {})
-    (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
-    assert [str(cell) for cell in row.cells[4:9]] == ["out of memory in pretraining", *[DASH] * 4]
-    assert music.memory_drawing(entries) == music.memory_drawing([])
-
-
-def test_a_mistake_in_the_section_is_not_taken_for_its_absence(tmp_path):
-    (tmp_path / "params.yaml").write_text(PARAMS + "music: {source: 3}\n")
-    with pytest.raises(ValueError, match=r"music\.source"):
-        Settings.load(tmp_path / "params.yaml")
+    entries = blind.read_results(tmp_path, {"pretrained_3": ENTRIES["pretrained_3"]}, timing, {})
+    (row,) = cost_table(entries).rows
+    assert [str(cell) for cell in row.cells[5:]] == ["out of memory in pretraining", *[DASH] * 4]
+    assert unsupervised.memory_drawing(entries) == unsupervised.memory_drawing([])
 
 
 def test_the_page_needs_nothing_but_itself_and_its_drawings_take_the_pages_colours(run):
     shown = (run / "report.html").read_text()
-    assert 'href="#mixit"' in shown
+    assert 'href="#unsupervised"' in shown
     assert not re.findall(r"""(?:src|href)\s*=(?!\s*["']?(?:data:|#))""", shown)
-    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    part = shown[shown.index('<section id="unsupervised">') : shown.index('<section id="data">')]
     assert part.count('role="img"') == 4
     assert "var(--series-1)" in part
     assert not re.findall(r"#[0-9a-f]{6}\b", part)  # in the dark, too, everything can be seen
@@ -586,7 +495,7 @@ def test_names_and_numbers_of_other_stages_stay_text(tmp_path):
 
 def test_an_entry_must_be_named_like_a_file(tmp_path):
     with pytest.raises(ValueError, match="letters, digits"):
-        music.read_entries(tmp_path, {"../x": ENTRY}, {}, {})
+        blind.read_results(tmp_path, {"../x": ENTRY}, {}, {})
 
 
 def test_timings_are_in_the_order_of_the_graph(tmp_path):
@@ -602,13 +511,13 @@ def test_timings_are_in_the_order_of_the_graph(tmp_path):
 
 def test_the_mixture_and_its_loudest_outputs_can_be_heard(run):
     shown = (run / "report.html").read_text()
-    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    part = shown[shown.index('<section id="unsupervised">') : shown.index('<section id="data">')]
     names = re.findall(r'<figure><div class="name">([^<]*)<span>([^<]*)</span>', part)
     assert [name for name, _ in names] == ["mixture", "output 5", "output 4", "output 3", "output 2"]
     assert names[1][1].startswith(MINUS)
     assert part.count('src="data:audio/mpeg;base64,') == 5
     assert "mixture 0, from" in part
-    assert shown.index('id="listen"') < shown.index('id="mixit"')
+    assert shown.index('id="listening"') < shown.index('id="unsupervised"')
 
 
 def test_every_entrys_first_example_goes_before_a_second(tmp_path):
@@ -620,7 +529,7 @@ def test_every_entrys_first_example_goes_before_a_second(tmp_path):
         },
     )
     scores = tmp_path / "data" / "mixit_scores"
-    everything, left_out = music.read_examples(scores, entries, 10_000_000)
+    everything, left_out = unsupervised.read_examples(scores, entries, 10_000_000)
     assert [(e.entry, e.name) for e in everything] == [
         ("performer_3", "0"),
         ("performer_3", "1"),
@@ -629,10 +538,10 @@ def test_every_entrys_first_example_goes_before_a_second(tmp_path):
     ]
     assert left_out == 0
     one = sum(len(sound.audio) + len(sound.image) for sound in everything[0].sounds)
-    some, left_out = music.read_examples(scores, entries, 2 * one + one // 2)
+    some, left_out = unsupervised.read_examples(scores, entries, 2 * one + one // 2)
     assert [(e.entry, e.name) for e in some] == [("performer_3", "0"), ("tasnet_3", "0")]
     assert left_out == 2
-    assert music.read_examples(scores, entries, -1) == ([], 4)
+    assert unsupervised.read_examples(scores, entries, -1) == ([], 4)
 
 
 def test_an_excerpt_is_where_the_mixture_is_loudest(tmp_path):
@@ -641,7 +550,7 @@ def test_an_excerpt_is_where_the_mixture_is_loudest(tmp_path):
     loud = np.where((np.arange(6 * RATE) // RATE) // 2 == 1, 0.5, 0.01).astype(np.float32)
     wavfile.write(folder / "0-mixture.wav", RATE, loud)
     entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
-    ((excerpt,), _) = music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+    ((excerpt,), _) = unsupervised.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
     assert (excerpt.start, excerpt.seconds) == (2.0, 2.0)
 
 
@@ -651,7 +560,7 @@ def test_sounds_shorter_than_an_excerpt_or_silent_are_shown_whole(tmp_path):
     wavfile.write(folder / "0-output-5.wav", RATE, np.zeros(round(0.7 * RATE), np.float32))
     example["outputs_db"] = [None] * 6
     entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
-    ((excerpt,), _) = music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+    ((excerpt,), _) = unsupervised.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
     assert (excerpt.start, excerpt.seconds) == (0.0, 0.7)
     assert [sound.name for sound in excerpt.sounds] == ["mixture", *(f"output {i}" for i in range(4))]
 
@@ -662,7 +571,7 @@ def test_example_files_cannot_lead_elsewhere(tmp_path):
     example["files"]["mixture"] = "../../../../secret.wav"
     entries = entries_of(tmp_path, {"performer_3": {**summary_of("performer_3"), "examples": [example]}})
     with pytest.raises(Exception, match=r"examples/secret\.wav"):
-        music.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
+        unsupervised.read_examples(tmp_path / "data" / "mixit_scores", entries, 10_000_000)
 
 
 def test_the_page_keeps_its_size_and_the_query_models_keep_their_three_pairs(tmp_path):
@@ -673,8 +582,8 @@ def test_the_page_keeps_its_size_and_the_query_models_keep_their_three_pairs(tmp
     write_model(tmp_path, "resunet", make_scores(), n_examples=12)
     report(places, tmp_path / "reports", settings)
     shown = (tmp_path / "reports" / "report.html").read_text()
-    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
-    assert len(shown.encode()) < MAX_PAGE_BYTES + 10_000
+    part = shown[shown.index('<section id="unsupervised">') : shown.index('<section id="data">')]
+    assert len(shown.encode()) < MAX_BYTES + 10_000
     assert part.count('<div class="example">') >= 1
     assert shown.count('<div class="example">') == 3 + part.count('<div class="example">')
     assert "more did not fit" in part
@@ -686,7 +595,7 @@ def test_music_that_may_not_be_passed_on_is_not(tmp_path):
     places, settings = write_music(tmp_path, {"performer_3": summary, "sounds_2": sounds}, source="moisesdb")
     report(places, tmp_path / "reports", settings)
     shown = (tmp_path / "reports" / "report.html").read_text()
-    part = shown[shown.index('<section id="mixit">') : shown.index('<section id="data">')]
+    part = shown[shown.index('<section id="unsupervised">') : shown.index('<section id="data">')]
     assert "lets no excerpt of it into this page" in part
     assert "<h4>performer_3" not in part
     assert "<h4>sounds_2" in part
@@ -701,17 +610,17 @@ def test_a_length_chart_of_nothing_says_so():
 
 
 def test_the_chart_of_lengths_has_the_quantity_of_the_source_reports_text(tmp_path):
-    drawn = music.length_drawing(entries_of(tmp_path, {"performer_3": summary_of("performer_3")}))
+    drawn = unsupervised.length_drawing(entries_of(tmp_path, {"performer_3": summary_of("performer_3")}))
     assert all(title in drawn for title in ("stem SI-SNRi, dB", "above doing nothing", "MoM SI-SNR, dB"))
 
 
 def test_an_entry_that_could_be_trained_and_not_evaluated_shows_what_training_took(tmp_path):
     timing = {"train_mixit@tasnet_3": {"minutes_per_epoch": 12.34, "cuda_allocated_bytes": 7e9}}
     (tmp_path / "evaluate_mixit_tasnet_3.json").write_text(json.dumps({**out_of_memory("tasnet_3"), "steps": 300}))
-    entries = music.read_entries(tmp_path, {"tasnet_3": ENTRIES["tasnet_3"]}, timing, {})
-    (row,) = [line for line in music.cost_table(entries).lines if line.kind == "ours"]
-    assert str(row.cells[4]) == "12.3"
-    assert "out of memory" not in music.memory_drawing(entries)
+    entries = blind.read_results(tmp_path, {"tasnet_3": ENTRIES["tasnet_3"]}, timing, {})
+    (row,) = cost_table(entries).rows
+    assert str(row.cells[5]) == "12.3"
+    assert "out of memory" not in unsupervised.memory_drawing(entries)
 
 
 def test_a_length_chart_marks_what_ran_out_of_memory():

@@ -1,8 +1,9 @@
-"""The listening section: a good, a middling and a bad pair of the best model, chosen by rule, to hear and to see."""
+"""A good, a middling and a bad pair of the best model, chosen by rule, to hear and to see."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from pipeline.core.runtime import read_json
-from pipeline.reporting import charts, page, tables
+from pipeline.reporting import charts, page, sounds
+from pipeline.reporting.headline import best_model
+from pipeline.reporting.run import Run
 from pipeline.reporting.scores import QUERIES
+from pipeline.reporting.sections import Metrics
+from pipeline.reporting.sections import Section as Base
+from pipeline.reporting.tables import db
 
 Waveform = Float[np.ndarray, " time"]
 
@@ -27,9 +33,69 @@ RULE = (
 OTHER = "the other sound"
 
 
-def best_model(metrics: Mapping[str, Any], models: Sequence[str]) -> str:
-    """Name the model with the highest SDRi (mean of means) under the average query; the first one if none has any."""
-    return max(models, key=lambda model: metrics.get(f"{model}.{QUERIES[0]}.sdri_class_mean_mean") or -np.inf)
+@dataclass(frozen=True)
+class Example:
+    """One evaluation pair to look at and listen to."""
+
+    pair: int
+    class_name: str
+    interferer_name: str
+    seconds: float
+    sounds: list[page.Sound]
+    title: str  # why this pair is shown
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The chosen pairs, Hz of their sounds (0: there are none), and a picture of the first as WebP."""
+
+    best: str
+    examples: list[Example]
+    rate: int
+    picture: bytes | None
+
+
+class Section(Base[Examples]):
+    """Sounds and spectrograms of three pairs."""
+
+    title = "Listen"
+    place = 10
+    template = """\
+{% if examples %}
+<p class="muted">Three mixtures of two sounds, chosen by rule from the scores of <b>{{ best }}</b>, the model with the
+highest SDRi: one of the best tenth by SI-SDRi, one in the middle, one of the worst tenth. Each model is given the
+average query of the class and should give back the target alone. An estimate that is nearer to the interferer is marked
+<b>{{ other_sound }}</b>. Press a spectrogram to hear it.</p>
+{% for example in examples %}
+<div class="example">
+<h3>{{ example.class_name }} <span class="muted">out of {{ example.class_name }} and {{ example.interferer_name }}:
+{{ example.title }} (pair {{ example.pair }})</span></h3>
+{{ panels(example.sounds, "pair %d" % example.pair) }}</div>
+{% endfor %}
+<details><summary>How the sounds and pictures are made</summary><p class="muted">All sounds are brought to one loudness
+({{ loudness_db | int }} dB RMS; the gain is given) and coded as MP3. Spectrograms are at their true levels, on one
+scale of 70 dB per pair, 0 to {{ "%g" | format(nyquist_khz) }} kHz (mel), {{ "%g" | format(examples[0].seconds) }} s.
+More
+examples are in <code>data/scores/*/examples</code>.</p></details>
+{% else %}<p>The evaluation kept no sounds (<code>evaluate.n_examples</code>).</p>{% endif %}"""
+
+    def read(self, run: Run) -> Examples:
+        """Read the pairs that the evaluation of the best model has kept."""
+        return read_examples(run.places.scores, run.models, best_model(run.statistics.metrics, run.models))
+
+    def files(self, data: Examples, metrics: Metrics) -> dict[str, str | bytes]:
+        """The picture that the README shows."""
+        return {} if data.picture is None else {"example.webp": data.picture}
+
+    def context(self, data: Examples, metrics: Metrics) -> dict[str, Any]:
+        """The examples and how they are to be read."""
+        return {
+            "best": data.best,
+            "examples": data.examples,
+            "other_sound": OTHER,
+            "loudness_db": sounds.LOUDNESS_DB,
+            "nyquist_khz": data.rate / 2000,
+        }
 
 
 def choose(scores: pd.DataFrame, kept: Sequence[int]) -> list[tuple[int, str]]:
@@ -49,29 +115,23 @@ def choose(scores: pd.DataFrame, kept: Sequence[int]) -> list[tuple[int, str]]:
     return chosen
 
 
-def read_examples(scores: Path, models: Sequence[str], best: str) -> tuple[list[page.Example], int, bytes | None]:
-    """Read the chosen pairs: the examples, Hz of their sounds (0: there are none), and a picture of the first.
-
-    Mixture and target are shared, each model adds its estimate under the average query.
-    """
+def read_examples(scores: Path, models: Sequence[str], best: str) -> Examples:
+    """Read the chosen pairs: mixture and target are shared, each model adds its estimate under the average query."""
     items = {model: _listed(scores / model / "examples" / "examples.json") for model in models}
     if not items[best]:
-        return [], 0, None
+        return Examples(best, [], 0, None)
     frame = pd.read_parquet(scores / best / "scores.parquet", columns=["pair", "query", "si_sdri"])
-    examples: list[page.Example] = []
+    examples: list[Example] = []
     picture, rate = None, 0
     for pair, title in choose(frame, sorted(items[best])):
         waveforms, rate = _waveforms(scores, items, best, pair)
         item = items[best][pair]
-        panels = page.panels([(name, caption, waveform) for name, caption, waveform in waveforms], rate)
-        seconds = len(waveforms[0][2]) / rate
-        examples.append(
-            page.Example(pair, str(item["class_name"]), str(item["interferer_class_name"]), seconds, panels, title)
-        )
+        panels = page.panels(waveforms, rate)
+        names = (str(item["class_name"]), str(item["interferer_class_name"]))
+        examples.append(Example(pair, *names, len(waveforms[0][2]) / rate, panels, title))
         if picture is None:
-            wanted = [w for w in waveforms if w[0] in ("mixture", "target", best)]
-            picture = _picture(wanted, rate, str(item["class_name"]), str(item["interferer_class_name"]))
-    return examples, rate, picture
+            picture = _picture([w for w in waveforms if w[0] in ("mixture", "target", best)], rate, *names)
+    return Examples(best, examples, rate, picture)
 
 
 def is_other(estimate: Waveform, mixture: Waveform, target: Waveform) -> bool:
@@ -101,14 +161,14 @@ def _waveforms(
 
     (mixture, rate), (target, _) = read(best, "mixture"), read(best, "target")
     level = items[best][pair].get("sdr_mixture")
-    found = [("mixture", f"SDR {tables.db(level, signed=True)} dB", mixture), ("target", "", target)]
+    found = [("mixture", f"SDR {db(level, signed=True)} dB", mixture), ("target", "", target)]
     for model in [best, *(model for model in items if model != best)]:
         item = items[model].get(pair)
         if item is None or QUERIES[0] not in item["files"]:
             continue
         estimate, _ = read(model, QUERIES[0])
         own = item.get(QUERIES[0], {})
-        gains = [tables.db(own.get(name), signed=True) for name in ("si_sdri", "sdri")]
+        gains = [db(own.get(name), signed=True) for name in ("si_sdri", "sdri")]
         caption = f"SI-SDRi {gains[0]} dB, SDRi {gains[1]} dB"
         if is_other(estimate, mixture, target):
             caption = f"{OTHER}, SI-SDRi {gains[0]} dB"
