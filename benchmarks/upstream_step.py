@@ -39,9 +39,9 @@ from benchmarks.mae import now
 from pipeline.core.config import AudioParams, load_params
 from pipeline.core.runtime import keep_freed_memory
 from pipeline.evaluation.cost import cost
-from pipeline.separators import Batch, QuerySeparator, build, mae_resunet, model_params
+from pipeline.separators import Batch, QuerySeparator, build, mae_resunet
 from pipeline.stages.sed import SedParams
-from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
+from pipeline.stages.train_separator import SeparatorParams, TrainParams, read_mae_entry
 from pipeline.training.loop import build_optimizer
 from pipeline.training.mae import PretrainParams
 from pipeline.upstreams.mae import encoder_sizes
@@ -75,14 +75,12 @@ def new(name: str, path: Path) -> QuerySeparator:
     if name in YAML(typ="safe").load(path)["separators"]:
         entry = load_params(f"separators.{name}", SeparatorParams, path)
         return build(entry.architecture, query_dim=query_dim(path), **entry.model)
-    mae = load_params(f"mae_separators.{name}", MaeSeparatorParams, path)
-    unet = load_params(mae.unet, model_params(BASELINE), path).model_dump()
-    settings = load_params(mae.settings, model_params(mae.architecture), path).model_dump()
+    mae, body, settings = read_mae_entry(name, path)
     if settings["upstream"] != "mae":
         raise ValueError(f"{path}: {mae.settings}.upstream is {settings['upstream']!r}; this benchmark measures mae")
     sizes = encoder_sizes(load_params("pretrain_mae", PretrainParams, path).model.model_dump())
     config = {**sizes, "mae_input": settings["mae_input"], "drop_path": settings["drop_path"]}
-    return build(mae.architecture, query_dim=query_dim(path), upstream_config=config, **unet, **settings)
+    return build(mae.architecture, query_dim=query_dim(path), upstream_config=config, body=body, **settings)
 
 
 def takes_features(network: nn.Module) -> TypeGuard[mae_resunet.Separator]:
@@ -111,7 +109,9 @@ class Step:
         """Seconds of one step, as stage train_separator takes it: of the part of the mixture that has a target."""
         start = now(self.device)
         part = slice(0, target.shape[1])
-        terms = self.network.losses(Batch(mixture, part, target, query, query.flip(0)), ["l1"])
+        terms = self.network.losses(
+            Batch(mixture, part, target, query, query.flip(0), torch.zeros(len(query), dtype=torch.bool)), ["l1"]
+        )
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -18,7 +18,10 @@ class Cost:
 
 
 def cost(separator: nn.Module, *, query_dim: int, samples: int) -> Cost:
-    """Count on one silent mixture, on the CPU. Attention is counted in its plain form: the fused one escapes torch."""
+    """Count on one silent mixture, on the CPU; `query_dim` is the width of the query that `forward` takes.
+
+    Attention is counted in its plain form: the fused one escapes torch.
+    """
     was_training = separator.training
     separator.eval()
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

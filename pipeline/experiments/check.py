@@ -102,7 +102,7 @@ def check_params(path: Path) -> dict[str, Any]:
     from pipeline import upstreams
     from pipeline.datasets.music.synthetic_stems import Options as SyntheticStems
     from pipeline.separators import model_params
-    from pipeline.stages.train_separator import MaeSeparatorParams, SeparatorParams, TrainParams
+    from pipeline.stages.train_separator import SeparatorParams, read_mae_entry, read_train
     from pipeline.training.mixit import read_entry
 
     for section, params in sections().items():
@@ -110,11 +110,10 @@ def check_params(path: Path) -> dict[str, Any]:
     for name in document["separators"]:
         entry = load_params(f"separators.{name}", SeparatorParams, path)
         load_params(f"separators.{name}.model", model_params(entry.architecture), path)
-        load_params("train", TrainParams, path, over=f"separators.{name}.train")
+        read_train(name, "separators", path)
     for name in document["mae_separators"]:
-        mae = load_params(f"mae_separators.{name}", MaeSeparatorParams, path)
-        load_params(mae.unet, model_params("resunet"), path)
-        load_params(mae.settings, model_params(mae.architecture), path)
+        read_mae_entry(name, path)
+        read_train(name, "mae_separators", path)
     for place in ["model", *(f"variants.{name}" for name in document["variants"])]:
         load_params(place, model_params("mae_resunet"), path)
     for name in document["upstreams"]:
@@ -197,7 +196,7 @@ def _for_ffmpeg(root: Path) -> Path | None:
     return None
 
 
-def check_machine(document: Mapping[str, Any]) -> list[str]:
+def check_machine(document: Mapping[str, Any], path: Path) -> list[str]:
     """Lines on disk, memory and time; ValueError where the device is not there, or the disk cannot hold the clips."""
     from pipeline.core.devices import choose_device
 
@@ -225,7 +224,7 @@ def check_machine(document: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"memory: {memory.available / GIGABYTE:.1f} GB free of {memory.total / GIGABYTE:.1f}; {cpu_count()} cores"
     )
-    lines.append(f"time: {training_hours(document)}")
+    lines.append(f"time: {training_hours(document, path)}")
     return lines
 
 
@@ -242,16 +241,17 @@ def number_of_clips(document: Mapping[str, Any]) -> int | None:
     return sum(path.read_bytes().count(b"\n") - 1 for path in manifests)
 
 
-def training_hours(document: Mapping[str, Any]) -> str:
+def training_hours(document: Mapping[str, Any], path: Path) -> str:
     """Rough hours of the separators' trainings here, from their multiply-accumulates and the speed of one product."""
     import torch
 
     from pipeline.core.devices import choose_device
     from pipeline.evaluation.cost import cost
-    from pipeline.separators import build, model_params
+    from pipeline.separators import body_of, build
+    from pipeline.stages.train_separator import read_mae_entry, read_train
 
-    train, rate = document["train"], document["audio"]["sample_rate"]
-    device = choose_device(train["device"])
+    rate = document["audio"]["sample_rate"]
+    device = choose_device(document["train"]["device"])
     matrix = torch.randn(1024, 1024, device=device)
     float((matrix @ matrix)[0, 0])  # the first one also starts the libraries
     start, n = time.perf_counter(), 0
@@ -259,17 +259,20 @@ def training_hours(document: Mapping[str, Any]) -> str:
         float((matrix @ matrix)[0, 0])
         n += 1
     macs_per_second = n * 1024**3 / (time.perf_counter() - start) / 2  # convolutions reach about half of it
-    entries = [entry for entry in document["separators"].values() if entry["weights"] is None]
-    models = [(entry["architecture"], entry["model"]) for entry in entries]
-    for entry in document["mae_separators"].values():  # without what the features cost beside the U-Net
-        models.append(("resunet", load_params(entry["unet"], model_params("resunet")).model_dump()))
+    trained = {name: entry for name, entry in document["separators"].items() if entry["weights"] is None}
+    runs = [
+        (entry["architecture"], entry["model"], read_train(name, "separators", path)) for name, entry in trained.items()
+    ]
+    for name in document["mae_separators"]:  # without what the features cost beside the body
+        entry, sizes, _ = read_mae_entry(name, path)
+        runs.append((body_of(entry.architecture), sizes, read_train(name, "mae_separators", path)))
     seconds = 0.0
-    for architecture, model in models:
+    for architecture, model, train in runs:
         macs = cost(build(architecture, query_dim=128, **model), query_dim=128, samples=2 * rate).macs
-        heard = train["steps"] * train["batch_size"] * train["segment_seconds"]  # seconds of mixtures
+        heard = train.steps * train.batch_size * train.segment_seconds  # seconds of mixtures
         seconds += 3 * macs / 2 * heard / macs_per_second  # forward, and twice as much backward
     hours = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, seconds / 60):.0f} min"
-    return f"roughly {hours} for the {len(models)} trainings of separators, one after the other on {device.type}"
+    return f"roughly {hours} for the {len(runs)} trainings of separators, one after the other on {device.type}"
 
 
 def main() -> None:
@@ -282,7 +285,7 @@ def main() -> None:
     check_gates(document)
     check_sizes(document)
     check_files(document)
-    for line in check_machine(document):
+    for line in check_machine(document, args.params):
         print(line, flush=True)
     if args.out is not None:
         write_atomic(args.out, "params.yaml has passed pipeline.experiments.check\n")

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -29,7 +29,6 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 # int16 step squared.
 SILENT_ENERGY = 1e-10
 SILENT_PEAK = 1e-8
-LOWEST_POINT = 60.0  # Hz, of an equaliser
 # Liu et al. (AudioSep): a mixture that would clip is brought down to this peak, its target with it.
 DECLIPPED_PEAK = 0.9
 
@@ -103,20 +102,6 @@ def mix(
         return _unit_peak(mixture) * mixture, _unit_peak(target) * target, _unit_peak(interferer) * interferer
     scale = _unit_peak(mixture) if normalize == "joint" else _declip(mixture)
     return scale * mixture, scale * target, scale * interferer
-
-
-def equalise(
-    waveform: Float[np.ndarray, "batch time"], decibels: Float[np.ndarray, "batch points"], *, sample_rate: int
-) -> Float32[np.ndarray, "batch time"]:
-    """Filter each waveform, without delay, by gains in dB at points from 60 Hz to half of the rate, evenly in octaves.
-
-    Between them the gains are straight lines over the logarithm of frequency; below 60 Hz the first one's.
-    """
-    spectrum = np.fft.rfft(waveform, axis=-1)
-    points = np.log(np.geomspace(LOWEST_POINT, sample_rate / 2, decibels.shape[-1]))
-    at = np.log(np.linspace(0, sample_rate / 2, spectrum.shape[-1]).clip(1))
-    gains = 10 ** (np.stack([np.interp(at, points, row) for row in decibels]) / 20)
-    return np.fft.irfft(spectrum * gains, waveform.shape[-1], axis=-1).astype(np.float32)
 
 
 def _peak(waveform: Float[Array, "*batch time"]) -> Float[Array, "*batch 1"]:

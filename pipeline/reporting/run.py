@@ -56,7 +56,7 @@ class Settings:
         """Entries of `separators:`, the baseline first, then of `mae_separators:`, which get `weights` and `model`."""
         entries: dict[str, dict[str, Any]] = {}
         for name, entry in self.document["mae_separators"].items():
-            model = {**self.at(entry["unet"]), **self.at(entry["settings"])}
+            model = {**self.at(f"{entry['body']}.model"), **self.at(entry["settings"])}
             entries[name] = {**entry, "weights": None, "model": model}
         return {**self.document["separators"], **entries}
 

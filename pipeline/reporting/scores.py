@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 AVERAGE = "average"  # the query that a user has: the mean embedding of the class
-QUERIES = (AVERAGE, "oracle")
+WITH_INTERFERER = "average+interferer"  # of separators that also take the interferer's: the mean of its class
+QUERIES = (AVERAGE, "oracle", WITH_INTERFERER)
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: it names files
 RECORDINGS = ["target_recording", "interferer_recording"]
 SAME = ["class_index", "mid", "target_clip", *RECORDINGS, "interferer_class_index"]  # of a pair, for every model

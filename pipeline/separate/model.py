@@ -258,9 +258,12 @@ class Separator:
         """Make the function that separates mixtures (rows, time) into (rows, targets, time)."""
         network, n_targets = self.network, len(queries)
         assert isinstance(network, QuerySeparator)
-        if without is not None:
+        if without is not None and not network.takes_interferer:
             raise Unusable(f"{self.folder} takes no query of what is not wanted")
-        queries = queries.to(self.device)
+        with torch.inference_mode():
+            queries = queries.to(self.device)
+            other = None if without is None else without.to(self.device).expand_as(queries)
+            queries = network.joint_query(queries, other)
         at_once = GPU_BATCH if self.device.type == "cuda" else CPU_BATCH
 
         def separated(mono: Float[Tensor, "rows time"]) -> Float[Tensor, "rows targets time"]:

@@ -3,7 +3,8 @@
 Each file defines `Separator`, a subclass of one of the two classes below:
 
 QuerySeparator    gives back the source of each mixture that its query asks for, at 32 kHz; trained on pairs of anchors.
-                  `Separator(query_dim=..., **model)`, with `model` the entry's `model:` mapping of params.yaml
+                  `Separator(query_dim=..., interferer_query=..., **model)`, with `model` the entry's `model:` mapping
+                  of params.yaml
 BlindSeparator    gives back all sources of a mixture, in no order; trained by mixture-invariant training.
                   `Separator(sample_rate=..., n_sources=..., **model)`
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import create_model
 from torch import Tensor, nn
 
@@ -38,13 +39,14 @@ class Batch:
     part: slice  # of the samples: what is separated and compared with the target
     target: Float[Tensor, "batch part"]
     query: Float[Tensor, "batch query_dim"]  # embedding of the target
-    interferer_query: Float[Tensor, "batch query_dim"]  # of what else sounds: no separator has it but to learn from
+    interferer_query: Float[Tensor, "batch query_dim"]  # of what else sounds, to be predicted or given
+    given: Bool[Tensor, " batch"]  # whether a separator that takes the interferer's query is given it
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to a device."""
-        tensors = (self.mixture, self.target, self.query, self.interferer_query)
-        mixture, target, query, interferer_query = (t.to(device, non_blocking=True) for t in tensors)
-        return Batch(mixture, self.part, target, query, interferer_query)
+        tensors = (self.mixture, self.target, self.query, self.interferer_query, self.given)
+        mixture, *others = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(mixture, self.part, *others)
 
     def cut(self) -> "Batch":
         """Reduce the mixtures to the part that is separated."""
@@ -56,7 +58,9 @@ class QuerySeparator(nn.Module):
 
     A subclass defines `forward(mixture, query, part=slice(None), **shared)`, which separates `part` (a slice of the
     samples) of each mixture and may use what lies beside it as context; `shared` is what `shared(mixture)` gave, if it
-    was computed before. It overrides the rest where it has something to say.
+    was computed before. `query` is what `joint_query` returns: for a separator built with `interferer_query` the
+    embeddings of what is wanted and of what else sounds, side by side, and else the former alone. It overrides the rest
+    where it has something to say.
     """
 
     hop_length: int  # samples between its STFT's frames
@@ -64,6 +68,41 @@ class QuerySeparator(nn.Module):
     """Length of the mixtures that it was trained on. `load` sets it: what the network takes of a whole mixture (its
     level, an encoder's features) it then takes of a longer recording piece by piece, so that an estimate depends on
     what lies near. None: whatever it is given is one mixture."""
+
+    def __init__(self, *, query_dim: int, interferer_query: bool = False) -> None:
+        super().__init__()
+        self.query_dim = query_dim  # of one embedding
+        self.not_given = nn.Parameter(torch.zeros(query_dim)) if interferer_query else None
+
+    @property
+    def takes_interferer(self) -> bool:
+        """Whether it was built to be given what else sounds."""
+        return self.not_given is not None
+
+    @property
+    def joint_dim(self) -> int:
+        """Width of what `joint_query` returns."""
+        return self.query_dim * (1 + self.takes_interferer)
+
+    def joint_query(
+        self,
+        query: Float[Tensor, "batch query_dim"],
+        interferer_query: Float[Tensor, "batch query_dim"] | None = None,
+        given: Bool[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch joint_dim"]:
+        """Join the embeddings of what is wanted and, where it is known, of what else sounds.
+
+        Rows where `given` is false, or all without an `interferer_query`, have a learned vector in its place.
+        ValueError for an `interferer_query` that the separator was not built for.
+        """
+        if self.not_given is None:
+            if interferer_query is not None:
+                raise ValueError("this separator was trained without train.interferer_query: it takes one query alone")
+            return query
+        other = self.not_given.to(query.dtype).expand_as(query)
+        if interferer_query is not None:
+            other = interferer_query if given is None else torch.where(given[:, None], interferer_query, other)
+        return torch.cat([query, other], dim=1)
 
     @property
     def grid_samples(self) -> int:
@@ -89,7 +128,10 @@ class QuerySeparator(nn.Module):
         `train.loss_weights` weighs them; the curve has a column for each.
         """
         shared = self.shared(batch.mixture)
-        estimate = self(batch.mixture, batch.query, batch.part, **shared)
+        query = batch.query
+        if self.takes_interferer:
+            query = self.joint_query(query, batch.interferer_query, batch.given)
+        estimate = self(batch.mixture, query, batch.part, **shared)
         with torch.autocast(estimate.device.type, enabled=False):
             terms = {
                 name: separation_loss(name, estimate.float(), batch.target, batch.mixture).mean() for name in objectives
@@ -193,8 +235,8 @@ def load_blind(folder: Path) -> BlindSeparator:
 def model_params(name: str) -> type[Params]:
     """Make the Params class of an entry's `model:`: every argument of the file's Separator, with its type.
 
-    `query_dim` and `sample_rate` are left out: the data decide them. A file with `Settings` takes its sizes from
-    another entry, and its own keys are those of `Settings`.
+    `query_dim`, `sample_rate` and `interferer_query` are left out: data and training decide them. A file with
+    `Settings` takes its sizes from another entry, and its own keys are those of `Settings`.
     """
     separator = _separator(name)
     module = import_module(separator.__module__)
@@ -205,9 +247,17 @@ def model_params(name: str) -> type[Params]:
     fields: dict[str, Any] = {
         a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
         for a in arguments
-        if a.name not in ("self", "query_dim", "sample_rate")
+        if a.name not in ("self", "query_dim", "sample_rate", "interferer_query")
     }
     return create_model(f"{name}.model", __base__=Params, **fields)
+
+
+def body_of(name: str) -> str:
+    """Name the file of the body of a separator with features, as "resunet" of "mae_resunet"; ValueError without one."""
+    body: str | None = getattr(_separator(name), "body_name", None)
+    if body is None:
+        raise ValueError(f"separator {name!r} takes no features")
+    return body
 
 
 def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

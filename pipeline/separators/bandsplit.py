@@ -15,6 +15,8 @@ The mixture's level is taken out before and put back after: an estimate scales w
 longer than the mixtures of the training the level is that of what lies near (`running_level`).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
@@ -41,10 +43,10 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.change.bias)
 
     def forward(
-        self, x: Float[Tensor, "batch frames bands width"], query: Float[Tensor, "batch query_hidden"]
+        self, x: Float[Tensor, "batch frames bands width"], query: Float[Tensor, "batch moments query_hidden"]
     ) -> Float[Tensor, "batch frames bands width"]:
-        """Normalise each token, then scale and shift it as the query says."""
-        gain, shift = self.change(query).unflatten(1, (1, self.bands, -1)).chunk(2, dim=-1)
+        """Normalise each token, then scale and shift it as the query says, of each frame or one of all of them."""
+        gain, shift = self.change(query).unflatten(2, (self.bands, -1)).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), self.gain + gain)
 
 
@@ -106,6 +108,7 @@ class Separator(QuerySeparator):
         self,
         *,
         query_dim: int,
+        interferer_query: bool = False,
         n_fft: int,
         hop_length: int,
         bands: int,
@@ -116,7 +119,7 @@ class Separator(QuerySeparator):
         mask_hidden: int,
         query_hidden: int,
     ) -> None:
-        super().__init__()
+        super().__init__(query_dim=query_dim, interferer_query=interferer_query)
         if bands <= 0 or bands % len(BAND_GROUPS):
             raise ValueError(f"bands {bands} is not a positive multiple of {len(BAND_GROUPS)}")
         if n_fft % (8 * bands):
@@ -135,7 +138,7 @@ class Separator(QuerySeparator):
             if recurrent_hidden:
                 parts.append(Recurrence(width, recurrent_hidden))
         self.parts = nn.ModuleList(parts)
-        self.query = nn.Linear(query_dim, query_hidden)
+        self.query = nn.Linear(self.joint_dim, query_hidden)
         self.films = nn.ModuleList(FiLM(query_hidden, bands, width) for _ in range(len(parts) + 1))
         self.mask1 = nn.ParameterList(
             _normal(self.group, width + N_FEATURES * bins, mask_hidden) for bins in self.widths
@@ -149,11 +152,24 @@ class Separator(QuerySeparator):
     def forward(
         self,
         mixture: Float[Tensor, "batch time"],
-        query: Float[Tensor, "batch query_dim"],
+        query: Float[Tensor, "batch joint_dim"],
         part: slice = slice(None),
     ) -> Float[Tensor, "batch part"]:
         """Separate the part of each mixture from what is in that part alone."""
-        mixture = mixture[:, part]
+        return self.masked(mixture[:, part], query)
+
+    def masked(
+        self,
+        mixture: Float[Tensor, "batch time"],
+        query: Float[Tensor, "batch *windows joint_dim"],
+        enter: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        steer: Callable[[Tensor, int], Tensor] = lambda hidden, frames: hidden,
+    ) -> Float[Tensor, "batch time"]:
+        """The mixture through its mask. A separator that knows more of it starts here.
+
+        `enter` may change the tokens (batch, frames, bands, width) that go into the layers; `steer(hidden, frames)`
+        what every gain and shift is made from, (batch, windows, query_hidden) into (batch, 1 or frames, query_hidden).
+        """
         length = mixture.shape[-1]
         if len(query) != len(mixture):
             raise TypeError(f"query has {len(query)} rows, mixture {len(mixture)}")
@@ -167,11 +183,11 @@ class Separator(QuerySeparator):
         padded = max(length, self.n_fft // 2 + 1)
         padded += -padded % self.hop_length
         spectrum = stft(F.pad(mixture / level, (0, padded - length)), n_fft=self.n_fft, hop_length=self.hop_length)
-        mask = self.mask(self.features(spectrum[..., :-1]), query)
+        mask = self.mask(self.planes(spectrum[..., :-1]), query, enter, steer)
         estimate = F.pad(spectrum[..., :-1] * mask, (0, 1))  # Nyquist is silent
         return istft(estimate, n_fft=self.n_fft, hop_length=self.hop_length, length=padded)[:, :length] * level
 
-    def features(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch frames bins 3"]:
+    def planes(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch frames bins 3"]:
         """Compressed real and imaginary part of each bin, and its log power: near 1 all three, at the mean power."""
         mean_power = 3 / 8 * self.n_fft  # of a bin of white noise with an RMS of 1, under a Hann window
         spectrum = spectrum * mean_power**-0.5
@@ -180,19 +196,25 @@ class Separator(QuerySeparator):
         return torch.stack([spectrum.real * gain, spectrum.imag * gain, 0.25 * power.log() + 1], dim=-1)
 
     def mask(
-        self, features: Float[Tensor, "batch frames bins 3"], query: Float[Tensor, "batch query_dim"]
+        self,
+        planes: Float[Tensor, "batch frames bins 3"],
+        query: Float[Tensor, "batch *windows joint_dim"],
+        enter: Callable[[Tensor], Tensor],
+        steer: Callable[[Tensor, int], Tensor],
     ) -> Complex[Tensor, "batch frames bins"]:
         """A complex factor of every bin, any number: it may amplify. Float32 whatever the autocast."""
-        batch, frames = features.shape[:2]
+        batch, frames = planes.shape[:2]
         # Products of a whole group of bands of one width: (bands, batch x frames, numbers).
         groups = [
             group.reshape(batch * frames, self.group, -1).transpose(0, 1)
-            for group in torch.split(features, [self.group * bins for bins in self.widths], dim=2)
+            for group in torch.split(planes, [self.group * bins for bins in self.widths], dim=2)
         ]
         tokens = torch.cat([torch.bmm(group, weight) for group, weight in zip(groups, self.split, strict=True)])
-        h = tokens.view(self.bands, batch, frames, -1).permute(1, 2, 0, 3) + self.split_bias
-        # Normed: a mean of several queries is shorter than each.
-        query = F.silu(self.query(F.layer_norm(query, query.shape[-1:])))
+        h = enter(tokens.view(self.bands, batch, frames, -1).permute(1, 2, 0, 3) + self.split_bias)
+        # Normed, each embedding by itself: a mean of several queries is shorter than each.
+        query = query.view(batch, -1, self.joint_dim)  # (batch, windows, joint_dim); of most mixtures one window
+        normed = F.layer_norm(query.unflatten(2, (-1, self.query_dim)), (self.query_dim,)).flatten(2)
+        query = steer(F.silu(self.query(normed)), frames)
         for film, part in zip(self.films, self.parts, strict=False):
             h = h + part(film(h, query))
         h = self.films[-1](h, query).flatten(0, 1).transpose(0, 1)

@@ -172,13 +172,14 @@ class Separator(QuerySeparator):
         self,
         *,
         query_dim: int,
+        interferer_query: bool = False,
         n_fft: int,
         hop_length: int,
         channels: Sequence[int],
         norm_momentum: float = 0.01,
         phase_bias: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(query_dim=query_dim, interferer_query=interferer_query)
         if len(channels) != len(STRIDES):
             raise ValueError(f"channels has {len(channels)} widths {list(channels)}; there are {len(STRIDES)} encoders")
         if not 0 < norm_momentum <= 1:
@@ -191,7 +192,7 @@ class Separator(QuerySeparator):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.norm = nn.BatchNorm1d(n_fft // 2 + 1, momentum=norm_momentum)
-        self.unet = UNet(1, 3, channels, query_dim, norm_momentum)
+        self.unet = UNet(1, 3, channels, self.joint_dim, norm_momentum)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -211,7 +212,7 @@ class Separator(QuerySeparator):
     def forward(
         self,
         mixture: Float[Tensor, "batch time"],
-        query: Float[Tensor, "batch query_dim"],
+        query: Float[Tensor, "batch joint_dim"],
         part: slice = slice(None),
     ) -> Float[Tensor, "batch part"]:
         """Separate `part` of each mixture from its samples alone."""

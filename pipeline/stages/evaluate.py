@@ -1,8 +1,11 @@
-"""Stage evaluate: separate every evaluation pair under two queries, and score the estimates pair by pair.
+"""Stage evaluate: separate every evaluation pair under two or three queries, and score the estimates pair by pair.
 
-    average query   mean of the query embeddings of the class' targets in the *train* pairs, repeats included: what a
-                    user has who wants "a siren" and no example of this one (Kong et al., arXiv:2305.07447, table III)
-    oracle query    the embedding of the clean target itself: an upper bound, and what training used
+    average             mean of the query embeddings of the class' targets in the *train* pairs, repeats included: what
+                        a user has who wants "a siren" and no example of this one (Kong et al., arXiv:2305.07447,
+                        table III)
+    oracle              the embedding of the clean target itself: an upper bound, and what training used
+    average+interferer  the average query, and that of the interferer's class: of separators that take it, for a user
+                        who knows what else sounds
 
 Pairs are mixed on read, by the rules and gains of the manifest. The metrics are those of metrics.py, the target being
 the reference and the scaled interferer the other source. The pairs are cut into parts; a killed run goes on from the
@@ -54,9 +57,9 @@ from pipeline.separators import QuerySeparator
 log = logging.getLogger(__name__)
 
 QUERIES = ("average", "oracle")
+WITH_INTERFERER = "average+interferer"  # of separators trained with train.interferer_query
 METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sir", "bss_sar")
 MIXTURE_METRICS = ("sdr_mixture", "si_sdr_mixture", "bss_sdr_mixture")
-SOUNDS = ("mixture", "target", *QUERIES)
 
 SCHEMA = pa.schema(
     [
@@ -158,29 +161,40 @@ def choose_examples(class_indices: Sequence[int], pairs: Sequence[int], n: int) 
     return [list(first.values())[i * len(first) // n] for i in range(n)]
 
 
+def kinds_of(separator: QuerySeparator) -> tuple[str, ...]:
+    """List the kinds of queries that a separator is scored under."""
+    return (*QUERIES, WITH_INTERFERER) if separator.takes_interferer else QUERIES
+
+
 def separate(
     separator: QuerySeparator,
     mixture: Float[Tensor, "batch time"],
     average: Float[Tensor, "batch query_dim"],
     oracle: Float[Tensor, "batch query_dim"],
+    interferer: Float[Tensor, "batch query_dim"],
     pairs: Sequence[int],
-) -> Float[Tensor, "batch 2 time"]:
-    """Estimates under the average and the oracle query; NaN under an average query that is NaN, its class having none.
+) -> Float[Tensor, "batch kinds time"]:
+    """Estimates under the queries of `kinds_of`; NaN under an average query that is NaN, its class having none.
 
-    Any other estimate that is not finite is an error, which names its pairs.
+    `interferer` is the average query of the interferer's class. Any other estimate that is not finite is an error,
+    which names its pairs.
     """
-    estimates = mixture.new_full((mixture.shape[0], 2, mixture.shape[1]), torch.nan)
+    kinds = kinds_of(separator)
+    estimates = mixture.new_full((mixture.shape[0], len(kinds), mixture.shape[1]), torch.nan)
     with torch.inference_mode(), exact_float32():
         shared = separator.shared(mixture)
-        for i, query in enumerate((average, oracle)):
-            known = query.isfinite().all(dim=-1) if i == 0 else torch.ones_like(query[:, 0], dtype=torch.bool)
+        joint = [separator.joint_query(average), separator.joint_query(oracle)]
+        if WITH_INTERFERER in kinds:
+            joint.append(separator.joint_query(average, interferer))
+        for i, (kind, query) in enumerate(zip(kinds, joint, strict=True)):
+            known = torch.ones_like(query[:, 0], dtype=torch.bool) if kind == "oracle" else query.isfinite().all(dim=-1)
             if known.any():
                 some = {name: tensor[known] for name, tensor in shared.items()}
                 estimates[known, i] = separator(mixture[known], query[known], **some).float()
             bad = (known & ~estimates[:, i].isfinite().all(dim=-1)).cpu()
             if bad.any():
                 names = ", ".join(str(pair) for pair, is_bad in zip(pairs, bad, strict=True) if is_bad)
-                raise ValueError(f"NaN or infinity in the estimates of pairs {names} under the {QUERIES[i]} query")
+                raise ValueError(f"NaN or infinity in the estimates of pairs {names} under the {kind} query")
     return estimates
 
 
@@ -217,13 +231,18 @@ def score_part(rows: tuple[int, int], directory: Path, *, setup: Setup) -> None:
     start, stop = rows
     pairs = loaded.pairs.slice(start, stop - start)
     unknown = np.full(index.query_dim, np.nan, np.float32)
+    kinds = kinds_of(loaded.separator)
+    sounds = ("mixture", "target", *kinds)
 
     found: list[dict[str, np.ndarray]] = []
     for first in range(0, len(pairs), params.batch_size):
         batch = pairs.slice(first, params.batch_size).to_pydict()
 
         targets, interferers = ([index.row(key) for key in batch[role]] for role in ("target", "interferer"))
-        average = np.stack([loaded.average.get(class_index, unknown) for class_index in batch["class_index"]])
+        average, of_interferer = (
+            torch.from_numpy(np.stack([loaded.average.get(index, unknown) for index in batch[column]])).to(device)
+            for column in ("class_index", "interferer_class_index")
+        )
         mixture, target, interferer = mix(
             torch.from_numpy(reader.waveforms(targets)).to(device),
             torch.from_numpy(reader.waveforms(interferers)).to(device),
@@ -233,18 +252,19 @@ def score_part(rows: tuple[int, int], directory: Path, *, setup: Setup) -> None:
         estimates = separate(
             loaded.separator,
             mixture,
-            torch.from_numpy(average).to(device),
+            average,
             torch.from_numpy(reader.queries(targets)).to(device),
+            of_interferer,
             batch["pair"],
         )
         found.append(score(estimates, mixture, target, interferer, params.bss_filter_samples if params.bss else None))
         for i, pair in enumerate(batch["pair"]):
             if pair in setup.examples:
-                for name, waveform in zip(SOUNDS, (mixture[i], target[i], *estimates[i]), strict=True):
+                for name, waveform in zip(sounds, (mixture[i], target[i], *estimates[i]), strict=True):
                     _write_wav(directory / f"{pair}-{name}.wav", waveform.cpu().numpy(), index.sample_rate)
 
     scores = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    write_atomic(directory / "scores.parquet", _parquet(_table(pairs, scores)))
+    write_atomic(directory / "scores.parquet", _parquet(_table(pairs, scores, kinds)))
 
 
 def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
@@ -254,12 +274,12 @@ def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _table(pairs: pa.Table, scores: Mapping[str, Float[np.ndarray, "pairs 2"]]) -> pa.Table:
-    """Rows sorted by pair and query, pairs being sorted: "average" comes before "oracle"."""
+def _table(pairs: pa.Table, scores: Mapping[str, Float[np.ndarray, "pairs kinds"]], kinds: tuple[str, ...]) -> pa.Table:
+    """Rows sorted by pair, pairs being sorted, and in it by kind of query in the order of `kinds`."""
     keys = SCHEMA.names[: SCHEMA.names.index("query")]
-    twice = np.repeat(np.arange(len(pairs)), 2)
-    columns = {key: pairs[key].take(twice) for key in keys}
-    columns["query"] = pa.array(QUERIES * len(pairs))
+    each = np.repeat(np.arange(len(pairs)), len(kinds))
+    columns = {key: pairs[key].take(each) for key in keys}
+    columns["query"] = pa.array(kinds * len(pairs))
     columns |= {name: pa.array(values.reshape(-1)) for name, values in scores.items()}
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
@@ -273,13 +293,14 @@ def _parquet(table: pa.Table) -> bytes:
 def summarise(scores: pa.Table, without_average: Sequence[str], bss: bool) -> dict[str, Any]:
     """Counts, and a first look at each query: mean and median over all pairs. The report's aggregates are by class."""
     metrics = METRICS if bss else [name for name in METRICS if not name.startswith("bss")]
+    queries = np.array(scores["query"].to_pylist())
+    kinds = list(dict.fromkeys(queries.tolist()))
     summary: dict[str, Any] = {
-        "n_pairs": len(scores) // 2,
+        "n_pairs": len(scores) // len(kinds),
         "n_classes": len(scores["class_index"].unique()),
         "classes_without_average_query": list(without_average),
     }
-    queries = np.array(scores["query"].to_pylist())
-    for query in QUERIES:
+    for query in kinds:
         values = {name: scores[name].to_numpy()[queries == query] for name in metrics}
         summary[query] = {
             "n_nan": {name: int(np.isnan(value).sum()) for name, value in values.items()},
@@ -297,6 +318,7 @@ def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]
     """Describe the examples for the report: who is mixed with whom, the scores, the files."""
     rows = {row["pair"]: row for row in pairs.to_pylist()}
     scored = {(row["pair"], row["query"]): row for row in scores.to_pylist()}
+    kinds = dict.fromkeys(scores["query"].to_pylist())
     described = []
     for pair in examples:
         row = rows[pair]
@@ -309,9 +331,9 @@ def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]
                 "interferer_class_index": row["interferer_class_index"],
                 "interferer_class_name": class_of(row["interferer_mid"]).name,
                 "interferer_clip": row["interferer_clip"],
-                "files": {sound: f"{pair}-{sound}.wav" for sound in SOUNDS},
+                "files": {sound: f"{pair}-{sound}.wav" for sound in ("mixture", "target", *kinds)},
                 **{name: _finite(scored[pair, "oracle"][name]) for name in MIXTURE_METRICS},
-                **{query: {name: _finite(scored[pair, query][name]) for name in METRICS} for query in QUERIES},
+                **{query: {name: _finite(scored[pair, query][name]) for name in METRICS} for query in kinds},
             }
         )
     return described

@@ -10,7 +10,8 @@ All entries that change nothing of `train` meet the same mixtures in the same or
 same weights. An entry of `separators:` may replace keys of `train` by its own: its steps, its objectives.
 
 An entry of `separators:` with `weights` is not trained: a published checkpoint is checked, converted and written in the
-same form. An entry of `mae_separators:` names where in params.yaml its U-Net's sizes and its settings are.
+same form. An entry of `mae_separators:` names the entry of `separators:` whose sizes and training it has, and where in
+params.yaml its settings are.
 """
 
 import argparse
@@ -47,10 +48,11 @@ from pipeline.core.runtime import (
 )
 from pipeline.evaluation.cost import cost
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
-from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, equalise, mix
+from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.mixtures.pairs import PairStream
 from pipeline.nn.losses import SEPARATION
-from pipeline.separators import Batch, QuerySeparator, build, model_params, read_published
+from pipeline.separators import Batch, QuerySeparator, body_of, build, model_params, read_published
+from pipeline.separators.fusions import bodies
 from pipeline.training.loop import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
 from pipeline.training.portable import equip
 
@@ -60,8 +62,7 @@ ANCHOR_FILES = ("index.parquet", "index.json", "shards.json")  # the last has th
 
 
 Query = Literal["own", "class"]
-EQUALISER_POINTS = 8
-VARIATIONS = 1  # last word of the generator of levels and equalisers: without them the other draws are the same
+GIVEN = 1  # last word of the generator of which rows are given the interferer's query: all other draws stay
 QUERIES_IN_A_MEAN = 16  # at most, of a class' anchors, where each is read from the disk
 
 
@@ -73,8 +74,7 @@ class TrainParams(Params):
     batch_size: int = Field(gt=0, le=65_536)
     segment_seconds: float = Field(gt=0, le=3600)
     query: Query
-    level_db: float = Field(ge=0, le=100)
-    equaliser_db: float = Field(ge=0, le=100)
+    interferer_query: float = Field(ge=0, le=1)
     optimizer: Optimizer
     learning_rate: float = Field(gt=0, le=1)
     warmup: list[list[float]] = Field(min_length=1)
@@ -120,10 +120,11 @@ class SeparatorParams(Params):
 
 
 class MaeSeparatorParams(Params):
-    """One entry of `mae_separators:` in params.yaml; `unet` and `settings` are places in it, as "variants.updated"."""
+    """One entry of `mae_separators:` in params.yaml; `body` and `settings` are places in it, as "variants.updated"."""
 
     architecture: str
-    unet: str
+    body: str  # an entry of `separators:`, whose `model` and `train` are this one's too
+    train: dict[str, Any]  # what replaces keys of the section `train` and of the body's own
     settings: str
 
 
@@ -132,7 +133,7 @@ class Plan:
     """A separator to be built and trained, or only converted."""
 
     architecture: str
-    model: dict[str, Any]  # arguments of the separator but query_dim
+    model: dict[str, Any]  # arguments of the separator but query_dim and interferer_query
     weights: Path | None = None  # a published checkpoint
     weights_sha256: str | None = None
     upstream: dict[str, Tensor] | None = None  # pretrained weights of its upstream; None: it has none
@@ -150,14 +151,13 @@ class Batches:
         batch_size: int,
         segment_seconds: float,
         query: Query = "own",
-        level_db: float = 0.0,
-        equaliser_db: float = 0.0,
+        interferer_query: float = 0.0,
     ) -> None:
         self.index = AnchorIndex.load(anchors)
         self.reader = AnchorReader(anchors, self.index)
         self.stream = PairStream(**self.index.pair_columns(), seed=seed, exclude=pairs.exclude, kin=kin)
         self.pairs, self.seed, self.batch_size, self.query = pairs, seed, batch_size, query
-        self.level_db, self.equaliser_db = level_db, equaliser_db
+        self.interferer_query = interferer_query
         self.segment_samples = round(segment_seconds * self.index.sample_rate)
         if self.segment_samples > self.index.segment_samples:
             raise ValueError(
@@ -171,10 +171,7 @@ class Batches:
         In NumPy: torch would start threads here too, and those of the step would wait for them (a fifth of its time).
         """
         targets, interferers = self.stream.batch(n, self.batch_size)
-        varied = np.random.default_rng([self.seed, n, VARIATIONS])
-        target, interferer = (
-            self._equalised(self.reader.waveforms(rows.tolist()), varied) for rows in (targets, interferers)
-        )
+        target, interferer = (self.reader.waveforms(rows.tolist()) for rows in (targets, interferers))
         gain = energy_gain(
             energy(target),
             energy(interferer),
@@ -182,8 +179,6 @@ class Batches:
             min_gain=self.pairs.min_gain,
             max_gain=self.pairs.max_gain,
         )
-        if self.level_db:
-            gain = gain * 10 ** (varied.uniform(-self.level_db, self.level_db, len(gain)) / 20).astype(np.float32)
         mixture, target, _ = mix(target, interferer, gain, self.pairs.normalize)
         rng = np.random.default_rng([self.seed, n])
         start = int(rng.integers(mixture.shape[1] - self.segment_samples, endpoint=True))
@@ -192,15 +187,15 @@ class Batches:
             for rows in (targets, interferers)
         )
         part = slice(start, start + self.segment_samples)
-        return Batch(torch.from_numpy(mixture), part, torch.from_numpy(target[:, part]), query, interferer_query)
-
-    def _equalised(
-        self, waveform: Float32[np.ndarray, "batch time"], rng: np.random.Generator
-    ) -> Float32[np.ndarray, "batch time"]:
-        if not self.equaliser_db:
-            return waveform
-        decibels = rng.normal(0, self.equaliser_db, (len(waveform), EQUALISER_POINTS))
-        return equalise(waveform, decibels, sample_rate=self.index.sample_rate)
+        given = np.random.default_rng([self.seed, n, GIVEN]).random(self.batch_size) < self.interferer_query
+        return Batch(
+            torch.from_numpy(mixture),
+            part,
+            torch.from_numpy(target[:, part]),
+            query,
+            interferer_query,
+            torch.from_numpy(given),
+        )
 
     def _query(self, row: int, rng: np.random.Generator) -> Float32[np.ndarray, " query_dim"]:
         """The anchor's own embedding, or the mean of those of any few anchors of its class."""
@@ -253,6 +248,31 @@ def train(
     return model.cpu()
 
 
+def read_mae_entry(
+    name: str, path: Path = Path("params.yaml")
+) -> tuple[MaeSeparatorParams, dict[str, Any], dict[str, Any]]:
+    """Read an entry of `mae_separators:`, its body's sizes and its settings; ValueError names what does not fit."""
+    entry = load_params(f"mae_separators.{name}", MaeSeparatorParams, path)
+    body = load_params(entry.body, SeparatorParams, path)
+    if (wanted := body_of(entry.architecture)) != body.architecture:
+        raise ValueError(
+            f"mae_separators.{name}: {entry.architecture} is made of a {wanted}; {entry.body} is a {body.architecture}"
+        )
+    sizes = load_params(f"{entry.body}.model", model_params(wanted), path).model_dump()
+    settings = load_params(entry.settings, model_params(entry.architecture), path).model_dump()
+    if wanted not in (known := bodies(settings["fusion"])):
+        raise ValueError(f"mae_separators.{name}: fusion {settings['fusion']!r} is of {' and '.join(known)}")
+    return entry, sizes, settings
+
+
+def read_train(name: str, section: str, path: Path = Path("params.yaml")) -> TrainParams:
+    """Read the section `train` with what an entry of `separators:` or `mae_separators:` replaces in it."""
+    over = [f"{section}.{name}.train"]
+    if section == "mae_separators":
+        over.insert(0, f"{load_params(f'{section}.{name}', MaeSeparatorParams, path).body}.train")
+    return load_params("train", TrainParams, path, over=over)
+
+
 def plan(name: str, section: str, pretrained: Path | None) -> Plan:
     """Read an entry of params.yaml; ValueError names what does not fit."""
     if section == "separators":
@@ -266,13 +286,11 @@ def plan(name: str, section: str, pretrained: Path | None) -> Plan:
         )
     if pretrained is None:
         raise ValueError(f"{name} is an entry of {section}: --pretrained must say where stage pretrain_mae wrote")
-    mae_entry = load_params(f"mae_separators.{name}", MaeSeparatorParams)
-    unet = load_params(mae_entry.unet, model_params("resunet")).model_dump()
-    settings = load_params(mae_entry.settings, model_params(mae_entry.architecture)).model_dump()
+    mae_entry, body, settings = read_mae_entry(name)
     upstream, options_type = settings["upstream"], upstreams.options(settings["upstream"])
     options = {} if options_type is None else load_params(f"upstreams.{upstream}", options_type).model_dump()
     config, state = upstreams.read(upstream, {**settings, **options}, pretrained)
-    return Plan(mae_entry.architecture, {**unet, **settings, "upstream_config": config}, upstream=state)
+    return Plan(mae_entry.architecture, {"body": body, **settings, "upstream_config": config}, upstream=state)
 
 
 def _check_sizes(name: str, sizes: Mapping[str, Any], plan: Plan, query_dim: int) -> None:
@@ -297,7 +315,9 @@ def train_separator(
     index = read_json(anchors / "index.json")
     query_dim = index["query_dim"]
     torch.manual_seed(params.seed)
-    model = build(plan.architecture, query_dim=query_dim, **plan.model)
+    takes_interferer = params.interferer_query > 0 and plan.weights is None
+    arguments = {**plan.model, "query_dim": query_dim, "interferer_query": takes_interferer}
+    model = build(plan.architecture, **arguments)
     if plan.upstream is not None:
         model.load_pretrained(plan.upstream)
     identity = json.dumps([plan.architecture, plan.model, str(plan.weights), plan.weights_sha256], sort_keys=True)
@@ -315,8 +335,7 @@ def train_separator(
             batch_size=params.batch_size,
             segment_seconds=params.segment_seconds,
             query=params.query,
-            level_db=params.level_db,
-            equaliser_db=params.equaliser_db,
+            interferer_query=params.interferer_query,
         )
         log.info("%s: %d steps over %d classes", name, params.steps, len(batches.stream.classes))
         train(name, model, batches, params, scratch=scratch, curve=curve)
@@ -327,10 +346,10 @@ def train_separator(
         write_curve(curve, [])
     config = {
         "architecture": plan.architecture,
-        "model": {**plan.model, "query_dim": query_dim},
+        "model": arguments,
         "sample_rate": index["sample_rate"],
         "segment_samples": index["segment_samples"],
-        **asdict(cost(model, query_dim=query_dim, samples=index["segment_samples"])),
+        **asdict(cost(model, query_dim=model.joint_dim, samples=index["segment_samples"])),
         "steps": params.steps if plan.weights is None else 0,
         "weights": plan.weights_sha256,
     }
@@ -355,8 +374,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
-    over = f"separators.{args.name}.train" if args.section == "separators" else None
-    params = load_params("train", TrainParams, over=over)
+    params = read_train(args.name, args.section)
     pairs = load_params("pairs", PairsParams)
     found = plan(args.name, args.section, args.pretrained)
     with running(f"train_separator@{args.name}", args.out) as told:

@@ -67,6 +67,7 @@ def felt_seconds(
     query = torch.randn(1, query_dim, generator=generator).abs().to(device)
     felt = 0
     with torch.inference_mode():
+        query = network.joint_query(query)
         for half in (slice(0, n), slice(n, 2 * n)):
             changed = one.clone()
             changed[half] = other[half] * (one[half].norm() / other[half].norm())

@@ -64,9 +64,9 @@ def test_yaml_that_would_run_code_is_refused(tmp_path):
 def test_keys_of_another_section_take_the_place_of_a_sections_own_and_are_named_where_they_are(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("train: {lr: 0.5, steps: 5}\nseparators: {one: {steps: 7}, two: {steps: x}, three: {}}\n")
-    assert load_params("train", Optim, path, over="separators.one") == Optim(lr=0.5, steps=7)
-    assert load_params("train", Optim, path, over="separators.three") == Optim(lr=0.5, steps=5)
+    assert load_params("train", Optim, path, over=["separators.one"]) == Optim(lr=0.5, steps=7)
+    assert load_params("train", Optim, path, over=["separators.three"]) == Optim(lr=0.5, steps=5)
     with pytest.raises(ValueError, match=r"separators\.two\.steps: .* \(got 'x'\)"):
-        load_params("train", Optim, path, over="separators.two")
+        load_params("train", Optim, path, over=["separators.two"])
     with pytest.raises(ValueError, match=r"no section 'separators\.four'"):
-        load_params("train", Optim, path, over="separators.four")
+        load_params("train", Optim, path, over=["separators.four"])

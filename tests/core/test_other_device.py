@@ -83,7 +83,7 @@ def devices_of_estimates(model, bf16):
 def test_mae_resunet(fusion, mae_input, bf16):
     settings = {**SETTINGS, "fusion": fusion, "mae_input": mae_input, "freeze_mae": False}
     config = {**MAE, "mae_input": mae_input, "drop_path": 0.1}
-    separator = moved(build, "mae_resunet", **UNET, query_dim=8, upstream_config=config, **settings)
+    separator = moved(build, "mae_resunet", body=UNET, query_dim=8, upstream_config=config, **settings)
     assert set(devices_of_estimates(separator, bf16)) == {"cuda"}
 
 

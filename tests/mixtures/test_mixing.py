@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, equalise, level_ratio, mix
+from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, level_ratio, mix
 
 RULE = {"match_energy": True, "min_gain": 0.02, "max_gain": 50.0}
 NORMALIZE = ["none", "joint", "declip", "separate"]
@@ -138,14 +138,3 @@ def test_a_batch_is_mixed_as_its_items_are(normalize):
 def test_a_wrong_rule_is_refused(change, message):
     with pytest.raises(ValidationError, match=message):
         PairsParams.model_validate(PARAMS | change)
-
-
-def test_an_equaliser_gives_a_tone_the_gain_of_its_frequency():
-    rate, points = 32000, np.geomspace(60, 16000, 8)
-    time = np.arange(rate) / rate
-    tones = np.stack([np.sin(2 * np.pi * frequency * time) for frequency in (20.0, round(points[3]), 1000.0)])
-    decibels = np.tile(np.arange(8.0) * 2, (3, 1))
-    found = equalise(tones, decibels, sample_rate=rate)
-    assert found.dtype == np.float32
-    between = 14 * np.log(1000 / 60) / np.log(16000 / 60)
-    np.testing.assert_allclose(found, tones * 10 ** (np.array([[0.0], [6.0], [between]]) / 20), atol=5e-3)

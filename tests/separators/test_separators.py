@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import separators
-from pipeline.separators import bandsplit, resunet
+from pipeline.separators import Batch, bandsplit, resunet
 from tests.golden import fill
 
 QUERY_DIM = 6
+FEATURES = {
+    **{"upstream": "mae", "freeze_mae": False, "mae_input": "crop", "layers": "last", "repeat": "interleave"},
+    **{"fusion_options": {}, "lora_rank": 0, "encoder_learning_rate": 1e-4, "encoder_weight_decay": 5e-4},
+    **{"layer_decay": 0.75, "unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
+    "upstream_config": {"mae_input": "crop", "dim": 16, "depth": 2, "heads": 2},
+}
 # The smallest sensible `model:` of each file; a new file needs a line here.
 TINY = {
     "bandsplit": {
@@ -20,20 +26,10 @@ TINY = {
         **{"recurrent_hidden": 8, "mask_hidden": 16, "query_hidden": 8},
     },
     "resunet": {"n_fft": 128, "hop_length": 48, "channels": [4, 4, 4, 4, 4, 4]},
-    "mae_resunet": {
-        **{"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0},
-        **{"upstream": "mae", "freeze_mae": False, "mae_input": "crop", "layers": "last", "repeat": "interleave"},
-        **{
-            "fusion": "freq",
-            "fusion_options": {},
-            "lora_rank": 0,
-            "encoder_learning_rate": 1e-4,
-            "encoder_weight_decay": 5e-4,
-        },
-        **{"layer_decay": 0.75, "unfreeze_step": 0, "drop_path": 0.0, "bf16_frozen": False, "context": "anchor"},
-        "upstream_config": {"mae_input": "crop", "dim": 16, "depth": 2, "heads": 2},
-    },
 }
+UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0}
+TINY["mae_resunet"] = {"body": UNET, **FEATURES, "fusion": "freq"}
+TINY["mae_bandsplit"] = {"body": TINY["bandsplit"], **FEATURES, "fusion": "frames"}
 
 # Of those without queries.
 TINY_BLIND = {
@@ -53,9 +49,9 @@ each_separator = pytest.mark.parametrize("name", [name for name in separators.na
 each_blind_separator = pytest.mark.parametrize("name", [n for n in separators.names() if not separators.takes_query(n)])
 
 
-def tiny(name, seed=0):
+def tiny(name, seed=0, **options):
     torch.manual_seed(seed)
-    return separators.build(name, query_dim=QUERY_DIM, **TINY[name])
+    return separators.build(name, query_dim=QUERY_DIM, **TINY[name], **options)
 
 
 def randn(*shape, seed=0):
@@ -69,7 +65,7 @@ def relative(estimate, reference):
 def test_an_unknown_separator_is_refused_with_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"no separator 'resnet'; there are \['bandsplit', 'conv_tasnet', 'mae_resunet', 'performer', 'resunet'",
+        match=r"no separator 'resnet'; there are \['bandsplit', 'conv_tasnet', 'mae_bandsplit', 'mae_resunet', ",
     ):
         separators.build("resnet", query_dim=1)
 
@@ -126,6 +122,10 @@ def test_an_estimate_is_as_long_as_its_mixture(name, samples):
 @each_separator
 def test_every_parameter_gets_a_gradient(name):
     separator = tiny(name)
+    with torch.no_grad():
+        for parameter in separator.parameters():
+            if not parameter.any():  # a layer that begins as nothing holds the gradient back from what is before it
+                parameter.normal_(std=0.1)
     separator(randn(2, 3000), randn(2, QUERY_DIM)).square().mean().backward()
     assert [
         n for n, p in separator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
@@ -213,6 +213,44 @@ def test_bfloat16_autocast_is_close_to_float32(name):
 def test_a_query_of_another_batch_size_is_refused(name):
     with pytest.raises(TypeError, match="query"):
         tiny(name)(randn(2, 3000), randn(3, QUERY_DIM))
+
+
+# What else sounds
+
+
+@each_separator
+def test_what_else_sounds_may_be_given_row_by_row(name):
+    separator = tiny(name, interferer_query=True).eval()
+    torch.nn.init.normal_(separator.not_given)
+    mixture, query, other = randn(3, 3000), randn(3, QUERY_DIM, seed=1), randn(3, QUERY_DIM, seed=2)
+    without = separator(mixture, separator.joint_query(query))
+    told = separator(mixture, separator.joint_query(query, other))
+    given = torch.tensor([True, False, True])
+    some = separator(mixture, separator.joint_query(query, other, given))
+    expected = torch.where(given[:, None], told, without)
+    torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-6)
+    assert min(relative(a, b) for a, b in zip(told, without, strict=True)) > 1e-3
+
+
+@each_separator
+def test_training_reaches_the_vector_of_what_is_not_given(name):
+    separator = tiny(name, interferer_query=True)
+    mixture, query = randn(2, 3000), randn(2, QUERY_DIM)
+    part = slice(0, 3000)
+    for given, learns in (([True, False], True), ([True, True], False)):
+        separator.zero_grad()
+        batch = Batch(mixture, part, mixture / 2, query, query.flip(0), torch.tensor(given))
+        separator.losses(batch, ["l1"])["l1"].backward()
+        assert bool(separator.not_given.grad.any()) == learns
+
+
+@each_separator
+def test_a_separator_of_one_query_takes_no_other(name):
+    separator, query = tiny(name), randn(2, QUERY_DIM)
+    assert torch.equal(separator.joint_query(query), query)
+    with pytest.raises(ValueError, match=r"train\.interferer_query"):
+        separator.joint_query(query, query)
+    assert "not_given" not in separator.state_dict()
 
 
 # Band-split

@@ -244,7 +244,7 @@ def test_audio_that_upstreams_would_hear_too_fast_is_refused(clips, tmp_path):
 def test_the_probe_of_a_separator_tells_what_training_changed(run, clips, tmp_path, updated):
     out, pretraining = run()
     sizes = {k: v for k, v in MODEL.items() if not k.startswith("decoder")}
-    model = {**UNET, **SETTINGS, "freeze_mae": not updated, "query_dim": 4}
+    model = {"body": UNET, **SETTINGS, "freeze_mae": not updated, "query_dim": 4}
     model["upstream_config"] = {**sizes, "mae_input": "pad1024", "drop_path": 0.0}
     separator = build("mae_resunet", **model)
     state = load_file(out / "weights.safetensors")

@@ -571,7 +571,7 @@ def test_the_command_of_the_graph_writes_every_file_and_its_timing(workspace, mo
 
 FEATURES = """\
 mae_separators:
-  mae_resunet: {architecture: mae_resunet, unet: separators.resunet.model, settings: model}
+  mae_resunet: {architecture: mae_resunet, body: separators.resunet, train: {}, settings: model}
 model: {upstream: mae, freeze_mae: true, mae_input: pad1024, fusion: freq}
 """
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.mixtures.anchors import AnchorReader
 from pipeline.mixtures.mixing import PairsParams
-from pipeline.separators import build
+from pipeline.separators import build, load
 from pipeline.separators.resunet import dropped_shapes, published_name
 from pipeline.stages.train_separator import Batches, Plan, TrainParams, main, train_separator
 from tests.corpora import write_anchors, write_sed
@@ -33,8 +33,7 @@ PARAMS = TrainParams(
     batch_size=2,
     segment_seconds=0.25,
     query="own",
-    level_db=0.0,
-    equaliser_db=0.0,
+    interferer_query=0.0,
     optimizer="adamw",
     learning_rate=3e-3,
     warmup=[[0.0, 0.1], [2.0, 1.0]],
@@ -71,7 +70,7 @@ def test_training_lowers_the_loss_and_writes_what_evaluation_needs(anchors, tmp_
     rows = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()[1:]]
     assert float(rows[-1][1]) < 0.9 * float(rows[0][1])  # measured over seeds: 0.54 to 0.67 of it
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
-    assert config["model"] == {**MODEL, "query_dim": 4}
+    assert config["model"] == {**MODEL, "query_dim": 4, "interferer_query": False}
     build(config["architecture"], **config["model"]).load_state_dict(load_file(tmp_path / "out/weights.safetensors"))
 
 
@@ -151,29 +150,31 @@ def test_a_class_query_is_a_mean_of_the_targets_class_and_changes_nothing_else(a
     assert differ
 
 
-def test_levels_and_equalisers_vary_by_the_number_of_the_batch_alone(anchors):
-    settings = {"seed": 0, "batch_size": 4, "segment_seconds": 0.25}
-    plain = Batches(anchors, PAIRS, **settings)
-    louder, filtered = (
-        Batches(anchors, PAIRS, **settings, level_db=6.0),
-        Batches(anchors, PAIRS, **settings, equaliser_db=6.0),
+def test_the_interferers_query_is_given_in_as_many_rows_as_asked_and_changes_nothing_else(anchors):
+    settings = {"seed": 0, "batch_size": 8, "segment_seconds": 0.125}
+    never, half, again, always = (
+        Batches(anchors, PAIRS, **settings, interferer_query=probability) for probability in (0.0, 0.5, 0.5, 1.0)
     )
-    again = Batches(anchors, PAIRS, **settings, level_db=6.0, equaliser_db=6.0)
-    ratios = []
-    for n in range(8):
-        batch = louder.load(n)
-        assert torch.equal(batch.query, plain.load(n).query)
-        rest = (batch.mixture - batch.target).square().mean(dim=1)
-        ratios += (10 * torch.log10(rest / batch.target.square().mean(dim=1))).tolist()
-        # Each of one tone: an equaliser changes no shape, and both are brought to one level again.
-        batch = filtered.load(n)
-        rest = (batch.mixture - batch.target).square().mean(dim=1)
-        torch.testing.assert_close(rest, batch.target.square().mean(dim=1), rtol=1e-3, atol=1e-6)
-        assert torch.equal(again.load(n).mixture, again.load(n).mixture)
-    assert not torch.equal(filtered.load(0).mixture, plain.load(0).mixture)
-    assert max(map(abs, ratios)) < 6.01
-    assert min(ratios) < -1
-    assert max(ratios) > 1
+    given = []
+    for n in range(20):
+        one, other = never.load(n), half.load(n)
+        assert not one.given.any()
+        assert always.load(n).given.all()
+        assert torch.equal(other.given, again.load(n).given)
+        for name in ("mixture", "target", "query", "interferer_query"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert one.part == other.part
+        given += other.given.tolist()
+    assert 40 < sum(given) < 120  # of 160; further off with a probability of 1e-10
+
+
+def test_a_separator_trained_with_the_interferers_query_says_so_and_loads(anchors, tmp_path):
+    config = run(anchors, tmp_path / "out", steps=8, interferer_query=0.5)
+    assert config["model"]["interferer_query"] is True
+    network = load(tmp_path / "out")
+    assert network.takes_interferer
+    assert network.not_given.any()  # it has learned
+    assert config["n_parameters"] > run(anchors, tmp_path / "without", steps=1)["n_parameters"]
 
 
 def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
@@ -199,7 +200,7 @@ def test_a_published_checkpoint_is_converted_not_trained(anchors, tmp_path):
 
 PARAMS_YAML = """
 pairs: {exclude: ontology, normalize: joint, match_energy: true, min_gain: 0.02, max_gain: 50.0}
-train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, query: own, level_db: 3.0, equaliser_db: 2.0,
+train: {seed: 0, steps: 24, batch_size: 2, segment_seconds: 0.25, query: own, interferer_query: 0.5,
   optimizer: adamw, learning_rate: 3e-3,
   warmup: [[0, 1.0]], decay: none, loss_weights: {l1: 1.0},
   gradient_clip: 0.0, ema: 0.9, precision: fp32, device: cpu, log_every_steps: 4, checkpoint_every_seconds: 0.3}

@@ -20,8 +20,8 @@ def test_what_is_said_of_one_encoder_is_its_own_entry_or_nothing(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(
         "mae_separators:\n"
-        "  a: {architecture: mae_resunet, unet: x, settings: model}\n"
-        "  b: {architecture: mae_resunet, unet: x, settings: variants.b}\n"
+        "  a: {architecture: mae_resunet, body: x, train: {}, settings: model}\n"
+        "  b: {architecture: mae_resunet, body: x, train: {}, settings: variants.b}\n"
         "model: {upstream: wavlm, fusion: freq}\n"
         "variants: {b: {upstream: mae}}\n"
         "upstreams: {wavlm: {weights: somewhere, sha256: null}, hubert: {weights: random}}\n"

@@ -197,7 +197,7 @@ def test_adapters_are_refused_where_there_is_nothing_to_adapt():
     network = {"class": "SmallCnn", "arguments": {"class_indices": [0], "channels": [4], "embedding_dim": 4}}
     settings = {**SETTINGS, "upstream": "panns", "freeze_mae": False, "lora_rank": 2}
     with pytest.raises(ValueError, match="upstream 'panns' has nothing for lora_rank to adapt"):
-        separators.build("mae_resunet", **UNET, query_dim=8, upstream_config={"network": network}, **settings)
+        separators.build("mae_resunet", body=UNET, query_dim=8, upstream_config={"network": network}, **settings)
 
 
 @pytest.mark.parametrize("name", ADAPTED)

@@ -1,12 +1,18 @@
-"""Fusions: how an upstream's features join ResUNet30, one per file. The folder is the registry: `fusion` names a file.
+"""Fusions: how an upstream's features join a body, one per file. The folder is the registry: `fusion` names a file.
 
     mixture -> STFT -> |X|, normed -> plane --> U-Net, steered by the query -> mask -> iSTFT
             -> upstream -> features ----^          ^            ^
                                         |          |            |
                                       plane       join        query        (and losses, beside separation)
 
-Each file defines `Fusion(sizes, unet, **fusion_options)`, a subclass of the class below that overrides the places where
-its features enter. Files whose features enter by a layer begin it with zero weights (`silent`): as the baseline.
+    mixture -> STFT -> bands -> tokens --> layers, steered by the query -> masks -> iSTFT
+            -> upstream -> features ^                   ^        ^
+                                    |                   |        |
+                                  tokens              steer    query      (and losses, beside separation)
+
+Each file defines `Fusion(sizes, body, **fusion_options)`, a subclass of the class below that overrides the places where
+its features enter, and says which `bodies` have these. Files whose features enter by a layer begin it with zero weights
+(`silent`): as the baseline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +24,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.separators.resunet import UNet
+from pipeline.separators import Batch
 from pipeline.upstreams import Repeat, align
 
 
@@ -27,9 +33,13 @@ class Sizes:
     """Sizes that a fusion's layers are made from."""
 
     dim: int  # of the features
-    query_dim: int
-    n_bins: int  # of the U-Net's plane: the STFT's without Nyquist
-    channels: Sequence[int]  # of the U-Net's encoders
+    query_dim: int  # of one embedding
+    joint_dim: int  # of what `QuerySeparator.joint_query` returns: that, or twice as much
+    n_bins: int  # of the STFT without Nyquist
+    channels: Sequence[int] = ()  # of the U-Net's encoders
+    bands: int = 0  # of a band-split body, as are the next two
+    width: int = 0  # of its tokens
+    query_hidden: int = 0  # numbers that its gains and shifts are made from
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Fusion(nn.Module):
     """Base class of fusions: by itself, features that change nothing."""
 
     reads_features = True  # False: no upstream is built at all
+    bodies: Sequence[str] = ("resunet", "bandsplit")  # files of pipeline/separators that have the places it overrides
 
     def plane(
         self, plane: Float[Tensor, "batch 1 rows bins"], features: Features
@@ -63,20 +74,27 @@ class Fusion(nn.Module):
         """Make the U-Net's input from the normed magnitudes, Nyquist included; by default it is dropped."""
         return plane[..., :-1].contiguous()
 
-    def query(self, query: Float[Tensor, "batch query_dim"], features: Features) -> Float[Tensor, "batch query_dim"]:
-        """Change the query that steers the U-Net; by default it stays."""
+    def query(self, query: Float[Tensor, "batch joint_dim"], features: Features) -> Float[Tensor, "batch joint_dim"]:
+        """Change the query that steers the body; by default it stays."""
         return query
 
     def join(self, level: int, h: Tensor, features: Features) -> Tensor:
         """Change what goes into the next block after `level` encoders (see UNet.forward); by default nothing."""
         return h
 
-    def losses(
-        self,
-        features: Features,
-        query: Float[Tensor, "batch query_dim"],
-        interferer_query: Float[Tensor, "batch query_dim"],
-    ) -> dict[str, Tensor]:
+    def tokens(
+        self, tokens: Float[Tensor, "batch frames bands width"], features: Features
+    ) -> Float[Tensor, "batch frames bands width"]:
+        """Change the tokens that go into the layers of a band-split body; by default nothing."""
+        return tokens
+
+    def steer(
+        self, hidden: Float[Tensor, "batch 1 query_hidden"], features: Features, frames: int
+    ) -> Float[Tensor, "batch moments query_hidden"]:
+        """Change what a band-split body makes all gains and shifts from, for all frames or for each; it stays."""
+        return hidden
+
+    def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Compute the fusion's own terms of the training loss by name; none by default."""
         return {}
 
@@ -92,10 +110,16 @@ def reads_features(name: str) -> bool:
     return reads
 
 
-def build(name: str, sizes: Sizes, unet: UNet, options: Mapping[str, Any]) -> Fusion:
+def bodies(name: str) -> Sequence[str]:
+    """List the bodies that a fusion can join features to."""
+    found: Sequence[str] = import_module(f"{__name__}.{name}").Fusion.bodies
+    return found
+
+
+def build(name: str, sizes: Sizes, body: nn.Module, options: Mapping[str, Any]) -> Fusion:
     """Build the Fusion of `pipeline/separators/fusions/<name>.py`; ValueError for an option that it does not have."""
     try:
-        fusion: Fusion = import_module(f"{__name__}.{name}").Fusion(sizes, unet, **options)
+        fusion: Fusion = import_module(f"{__name__}.{name}").Fusion(sizes, body, **options)
     except TypeError as error:
         raise ValueError(f"fusion_options of fusion {name!r}: {error}") from error
     return fusion

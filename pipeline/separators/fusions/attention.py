@@ -16,6 +16,8 @@ LEVEL = 6  # all encoders come before it
 class Fusion(fusions.Fusion):
     """Features that each row of the bottleneck chooses for itself, with up to `heads` heads."""
 
+    bodies = ("resunet",)
+
     def __init__(self, sizes: Sizes, unet: UNet, *, heads: int = 4) -> None:
         super().__init__()
         self.cross = CrossAttention(sizes.channels[LEVEL - 1], sizes.dim, heads)

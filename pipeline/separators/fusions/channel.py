@@ -12,6 +12,8 @@ from pipeline.separators.resunet import Pointwise, UNet
 class Fusion(fusions.Fusion):
     """Features as a second plane beside the magnitudes; the first plane's weights are the baseline's."""
 
+    bodies = ("resunet",)
+
     def __init__(self, sizes: Sizes, unet: UNet) -> None:
         super().__init__()
         self.project = nn.Linear(sizes.dim, sizes.n_bins)

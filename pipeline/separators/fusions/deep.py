@@ -13,6 +13,8 @@ FRAMES_PER_ROW = 16
 class Fusion(fusions.Fusion):
     """Features at their own rate, inside the U-Net."""
 
+    bodies = ("resunet",)
+
     def __init__(self, sizes: Sizes, unet: UNet) -> None:
         super().__init__()
         self.project = silent(nn.Linear(sizes.dim, sizes.channels[LEVEL - 1]))

@@ -18,6 +18,8 @@ from pipeline.separators.resunet import BINS_MULTIPLE, UNet
 class Fusion(fusions.Fusion):
     """Features as more frequency bins."""
 
+    bodies = ("resunet",)
+
     def __init__(self, sizes: Sizes, unet: UNet) -> None:
         super().__init__()
 

@@ -1,4 +1,4 @@
-"""Fusion interferer: the features predict what else sounds, and the prediction steers the U-Net. Not in the paper.
+"""Fusion interferer: the features predict what else sounds, and the prediction steers the body. Not in the paper.
 
 A head predicts the embedding of the interferer from the features and the query, taught by a loss of its own
 (`interferer`); the prediction, projected, is added to the query. Neither objective reaches the other's weights.
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.separators import fusions
+from pipeline.separators import Batch, fusions
 from pipeline.separators.fusions import Features, Sizes, silent
-from pipeline.separators.resunet import UNet
 
 
 class Fusion(fusions.Fusion):
@@ -25,32 +24,28 @@ class Fusion(fusions.Fusion):
     """
 
     def __init__(
-        self, sizes: Sizes, unet: UNet, *, hidden: int = 256, dropout: float = 0.2, batches_of_mean: int = 100
+        self, sizes: Sizes, body: nn.Module, *, hidden: int = 256, dropout: float = 0.2, batches_of_mean: int = 100
     ) -> None:
         super().__init__()
         self.head = InterfererHead(sizes.dim, sizes.query_dim, hidden, dropout, batches_of_mean)
-        self.project = silent(nn.Linear(sizes.query_dim, sizes.query_dim))
+        self.query_dim = sizes.query_dim
+        self.project = silent(nn.Linear(sizes.query_dim, sizes.joint_dim))
 
-    def query(self, query: Float[Tensor, "batch query_dim"], features: Features) -> Float[Tensor, "batch query_dim"]:
+    def query(self, query: Float[Tensor, "batch joint_dim"], features: Features) -> Float[Tensor, "batch joint_dim"]:
         """Add the projected prediction; the separation has no gradient to it."""
         with torch.no_grad():
-            prediction = self.head.predict(features.sounding(), query)
+            prediction = self.head.predict(features.sounding(), query[:, : self.query_dim])
         return query + self.project(prediction).to(query.dtype)
 
-    def losses(
-        self,
-        features: Features,
-        query: Float[Tensor, "batch query_dim"],
-        interferer_query: Float[Tensor, "batch query_dim"],
-    ) -> dict[str, Tensor]:
+    def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Compute `interferer`, from 0 to 2: 1 - cosine of the prediction and the interferer's embedding.
 
         With the interferer as the query the target is to be predicted: each mixture is two examples. Called in training
         alone, since the queries go into the running mean.
         """
-        steps = features.sounding()
+        steps, query, other = features.sounding(), batch.query, batch.interferer_query
         self.head.update_statistics(query)
-        given, wanted = torch.cat([query, interferer_query]), torch.cat([interferer_query, query])
+        given, wanted = torch.cat([query, other]), torch.cat([other, query])
         return {"interferer": self.head.loss(torch.cat([steps, steps]), given, wanted)}
 
 
