@@ -102,6 +102,7 @@ def check_params(path: Path) -> dict[str, Any]:
     from pipeline import upstreams
     from pipeline.datasets.music.synthetic_stems import Options as SyntheticStems
     from pipeline.separators import model_params
+    from pipeline.separators._features import Settings
     from pipeline.stages.train_separator import SeparatorParams, read_mae_entry, read_train
     from pipeline.training.mixit import read_entry
 
@@ -115,7 +116,7 @@ def check_params(path: Path) -> dict[str, Any]:
         read_mae_entry(name, path)
         read_train(name, "mae_separators", path)
     for place in ["model", *(f"variants.{name}" for name in document["variants"])]:
-        load_params(place, model_params("mae_resunet"), path)
+        load_params(place, Settings, path)
     for name in document["upstreams"]:
         if (options := upstreams.options(name)) is not None:
             load_params(f"upstreams.{name}", options, path)

@@ -254,9 +254,10 @@ def model_params(name: str) -> type[Params]:
 
 def body_of(name: str) -> str:
     """Name the file of the body of a separator with features, as "resunet" of "mae_resunet"; ValueError without one."""
-    body: str | None = getattr(_separator(name), "body_name", None)
-    if body is None:
+    settings = getattr(import_module(_separator(name).__module__), "Settings", None)
+    if settings is None:
         raise ValueError(f"separator {name!r} takes no features")
+    body: str = settings.body_name
     return body
 
 

@@ -17,7 +17,7 @@ baseline's weights, whatever the fusion.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,12 @@ from pipeline.upstreams import FRAME_RATE, SAMPLE_RATE, Layers, Repeat, Upstream
 
 
 class Settings(Params):
-    """Settings of one model: `model:` of params.yaml, and each of `variants:`."""
+    """Settings of one model: `model:` of params.yaml, and each of `variants:`.
+
+    A separator has a subclass with the file of its body, which takes the fusions of that body alone.
+    """
+
+    body_name: ClassVar[str | None] = None
 
     upstream: str
     freeze_mae: bool
@@ -62,6 +67,9 @@ class Settings(Params):
     def _is_a_fusion(cls, name: str) -> str:
         if name not in fusions.names():
             raise ValueError(f"there is no such fusion; there are {', '.join(fusions.names())}")
+        if cls.body_name is not None and cls.body_name not in fusions.bodies(name):
+            known = [other for other in fusions.names() if cls.body_name in fusions.bodies(other)]
+            raise ValueError(f"this fusion is not of {cls.body_name}, which has {', '.join(known)}")
         return name
 
     @model_validator(mode="after")
@@ -79,7 +87,6 @@ class Featured(QuerySeparator):
     adapted     (lora_rank > 0) low-rank adapters of its attention learn, its own weights do not
     """
 
-    body_name: str  # the file of the body in pipeline/separators
     settings: Settings
     fusion: fusions.Fusion
     upstream: Upstream | None
@@ -90,10 +97,8 @@ class Featured(QuerySeparator):
     ) -> None:
         """Add upstream and fusion to a body that is built: the same seed gives it the baseline's weights.
 
-        `sizes` are those of `fusions.Sizes` that the body alone knows. ValueError for a fusion of other bodies.
+        `sizes` are those of `fusions.Sizes` that the body alone knows.
         """
-        if self.body_name not in (known := fusions.bodies(settings.fusion)):
-            raise ValueError(f"fusion {settings.fusion!r} is of {' and '.join(known)}, not of {self.body_name}")
         self.settings = settings
         # Zhao et al.: the last layer's if frozen, a weighted sum of all if updated.
         automatic: Layers = "last" if settings.freeze_mae else "weighted"

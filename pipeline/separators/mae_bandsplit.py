@@ -10,13 +10,15 @@ from torch import Tensor
 from pipeline.separators import _features, bandsplit
 from pipeline.separators._features import fold, unfold
 
-Settings = _features.Settings
+
+class Settings(_features.Settings):
+    """Settings of the features of a bandsplit."""
+
+    body_name = "bandsplit"
 
 
 class Separator(_features.Featured, bandsplit.Separator):
     """The band-split network with an upstream: `body` are its own arguments, `settings` those of `Settings`."""
-
-    body_name = "bandsplit"
 
     def __init__(
         self,

@@ -11,13 +11,15 @@ from pipeline.separators import _features, resunet
 from pipeline.separators._features import fold, unfold
 from pipeline.separators.fusions import Features
 
-Settings = _features.Settings
+
+class Settings(_features.Settings):
+    """Settings of the features of a resunet."""
+
+    body_name = "resunet"
 
 
 class Separator(_features.Featured, resunet.Separator):
     """ResUNet30 with an upstream: `body` are the baseline's arguments, `settings` those of `Settings`."""
-
-    body_name = "resunet"
 
     def __init__(
         self,

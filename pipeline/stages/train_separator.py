@@ -52,7 +52,6 @@ from pipeline.mixtures.mixing import PairsParams, energy, energy_gain, mix
 from pipeline.mixtures.pairs import PairStream
 from pipeline.nn.losses import SEPARATION
 from pipeline.separators import Batch, QuerySeparator, body_of, build, model_params, read_published
-from pipeline.separators.fusions import bodies
 from pipeline.training.loop import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
 from pipeline.training.portable import equip
 
@@ -260,8 +259,6 @@ def read_mae_entry(
         )
     sizes = load_params(f"{entry.body}.model", model_params(wanted), path).model_dump()
     settings = load_params(entry.settings, model_params(entry.architecture), path).model_dump()
-    if wanted not in (known := bodies(settings["fusion"])):
-        raise ValueError(f"mae_separators.{name}: fusion {settings['fusion']!r} is of {' and '.join(known)}")
     return entry, sizes, settings
 
 

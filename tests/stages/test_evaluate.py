@@ -321,14 +321,46 @@ def test_only_the_pairs_at_fault_are_named():
         def forward(self, mixture, query):
             return mixture / query[:, :1]
 
-    mixture, query = torch.ones(3, 8), torch.tensor([[1.0], [0.0], [2.0]])
+    mixture, query, other = torch.ones(3, 8), torch.tensor([[1.0], [0.0], [2.0]]), torch.ones(3, 1)
+    separator, pairs = Spiteful(query_dim=1), [10, 11, 12]
     with pytest.raises(ValueError, match="pairs 11 under the oracle query"):
-        separate(Spiteful(), mixture, torch.ones(3, 1), query, [10, 11, 12])
-    estimates = separate(Spiteful(), mixture, torch.tensor([[1.0], [torch.nan], [2.0]]), query + 1, [10, 11, 12])
+        separate(separator, mixture, torch.ones(3, 1), query, other, pairs)
+    estimates = separate(separator, mixture, torch.tensor([[1.0], [torch.nan], [2.0]]), query + 1, other, pairs)
     assert estimates[1, 0].isnan().all()
     assert estimates[[0, 2]].isfinite().all()
     assert estimates[0, 0, 0] == 1
     assert estimates[2, 1, 0] == 1 / 3
+
+
+def test_a_separator_that_takes_the_interferers_query_has_rows_with_it(world, tmp_path):
+    torch.manual_seed(1)
+    model = {**MODEL, "interferer_query": True}
+    separator = build("resunet", **model).eval()
+    torch.nn.init.normal_(separator.not_given)
+    (tmp_path / "separator").mkdir()
+    save_file(
+        {n: t.contiguous() for n, t in separator.state_dict().items()}, tmp_path / "separator/weights.safetensors"
+    )
+    runtime.write_json(tmp_path / "separator" / "config.json", {"architecture": "resunet", "model": model})
+    summary = run(world, tmp_path / "scores", separator=tmp_path / "separator")
+    scores = pd.read_parquet(tmp_path / "scores" / "scores.parquet")
+    assert scores["query"].tolist() == ["average", "oracle", "average+interferer"] * N_PAIRS
+    assert summary["n_pairs"] == N_PAIRS
+    told = scores[scores["query"] == "average+interferer"].set_index("pair")
+    unknown = (told["class_index"] == CLASSES[-1]) | (told["interferer_class_index"] == CLASSES[-1])
+    assert told["sdri"].isna().tolist() == unknown.tolist()  # that class has no train pairs, hence no average
+    assert summary["average+interferer"]["n_nan"]["sdri"] == unknown.sum()
+    pair = pd.read_parquet(world / "pairs" / "eval" / "pairs.parquet").iloc[0]
+    reader, train = (open_anchors(world / "anchors" / split) for split in ("eval", "train"))
+    averages = average_queries(stage._read_pairs(world / "pairs" / "train" / "pairs.parquet", train), train)
+    anchors = [torch.from_numpy(reader.waveform(reader.index.row(pair[r])))[None] for r in ("target", "interferer")]
+    mixture, target, _ = mix(*anchors, torch.tensor([pair["gain"]], dtype=torch.float32), "joint")
+    query, other = (torch.from_numpy(averages[pair[c]])[None] for c in ("class_index", "interferer_class_index"))
+    with torch.inference_mode():
+        estimate = separator(mixture, separator.joint_query(query, other))
+    assert told.loc[0, "sdr"] == pytest.approx(sdr(estimate, target).item(), abs=1e-3)
+    example = json.loads((tmp_path / "scores" / "examples" / "examples.json").read_text())[0]
+    assert (tmp_path / "scores" / "examples" / example["files"]["average+interferer"]).is_file()
 
 
 def test_weights_of_another_model_are_refused(world, tmp_path):
