@@ -212,8 +212,9 @@ class Separator(QuerySeparator):
         tokens = torch.cat([torch.bmm(group, weight) for group, weight in zip(groups, self.split, strict=True)])
         h = enter(tokens.view(self.bands, batch, frames, -1).permute(1, 2, 0, 3) + self.split_bias)
         # Normed, each embedding by itself: a mean of several queries is shorter than each.
-        query = query.view(batch, -1, self.joint_dim)  # (batch, windows, joint_dim); of most mixtures one window
-        normed = F.layer_norm(query.unflatten(2, (-1, self.query_dim)), (self.query_dim,)).flatten(2)
+        # One query of most mixtures, one of each window of long ones.
+        normed = F.layer_norm(query.reshape(batch, -1, self.query_dim), (self.query_dim,))
+        normed = normed.reshape(batch, -1, self.joint_dim)
         query = steer(F.silu(self.query(normed)), frames)
         for film, part in zip(self.films, self.parts, strict=False):
             h = h + part(film(h, query))

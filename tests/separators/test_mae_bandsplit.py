@@ -55,14 +55,37 @@ def test_a_part_has_the_features_that_its_frames_have_in_the_whole(fusion):
     torch.nn.init.normal_(model.fusion.project.weight)
     # The features' own addition, without what the STFT of a part differs by.
     zeros = torch.zeros(2, 126, 32, 4) if fusion == "tokens" else torch.zeros(2, 1, 8)
-    whole = model.locate(model.features(mixture), mixture, slice(None))
-    part = model.locate(model.features(mixture), mixture, slice(40 * 512, 60 * 512))
+    whole = model.locate(model.features(mixture), 64000, slice(None))
+    part = model.locate(model.features(mixture), 64000, slice(40 * 512, 60 * 512))
     if fusion == "tokens":
         one, other = model.fusion.tokens(zeros, whole), model.fusion.tokens(zeros[:, :21], part)
     else:
         one, other = model.fusion.steer(zeros, whole, 126), model.fusion.steer(zeros, part, 21)
     assert torch.equal(one[:, 40:61], other)
     assert not torch.equal(one[:, :21], other)
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "frames", "film"])
+def test_a_long_recording_has_the_features_of_each_window(fusion):
+    model, query = build(fusion=fusion).eval(), batch()[1]
+    torch.nn.init.normal_(model.fusion.project.weight)
+    model.segment_samples = 32000  # 62 frames, 31744 samples
+    mixture = batch(100000)[0]
+    places, masked = {}, model.masked
+
+    def keep(part, query, enter, steer):
+        places.update(query=query, tokens=enter(torch.zeros(2, 197, 32, 4)), hidden=steer(torch.zeros(2, 4, 8), 197))
+        return masked(part, query, enter, steer)
+
+    model.masked = keep
+    assert model(mixture, query).shape == mixture.shape
+    second = model.features(mixture[:, 31744:63488])
+    located = model.locate(second, 31744, slice(None))
+    torch.testing.assert_close(places["query"][:, 1], model.fusion.query(query, located))
+    expected = model.fusion.tokens(torch.zeros(2, 62, 32, 4), located)
+    torch.testing.assert_close(places["tokens"][:, 62:124], expected)
+    expected = model.fusion.steer(torch.zeros(2, 1, 8), located, 62).expand(-1, 62, -1)
+    torch.testing.assert_close(places["hidden"][:, 62:124], expected)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
