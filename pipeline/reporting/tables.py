@@ -7,6 +7,7 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 MINUS, DASH = "\u2212", "\u2013"
+NO_BREAK = "\u2011"  # a hyphen at which no line ends
 
 MANY_COLUMNS = 8  # a table of more is set closer
 
@@ -80,7 +81,8 @@ class Table:
     @property
     def html(self) -> Markup:
         """The table as HTML, without title and notes; every text is escaped."""
-        head = Markup("").join(self._cell("th", i, escape(title)) for i, title in enumerate(self.columns))
+        titles = [title.replace("SI-", f"SI{NO_BREAK}") for title in self.columns]
+        head = Markup("").join(self._cell("th", i, escape(title)) for i, title in enumerate(titles))
         wide = Markup(' class="wide"') if len(self.columns) > MANY_COLUMNS else ""
         lines = [Markup('<div class="scroll"><table{}><thead><tr>{}</tr></thead><tbody>').format(wide, head)]
         for row in self.rows:
@@ -143,8 +145,8 @@ def count(value: int | float | None) -> str:
 
 
 def fixed(value: int | float | None, digits: int) -> str:
-    """A number with so many decimals and thousands separators; a dash for None."""
-    return DASH if value is None else f"{value:,.{digits}f}"
+    """A number with so many decimals, thousands separators and a true minus; a dash for None."""
+    return DASH if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def percent(value: int | float | None) -> str:

@@ -15,7 +15,7 @@ from pipeline.reporting.run import Run
 from pipeline.reporting.sections import Drawing, Metrics
 from pipeline.reporting.sections import Section as Base
 from pipeline.reporting.sounds import data_uri
-from pipeline.reporting.tables import DASH, Cell, Row, Table
+from pipeline.reporting.tables import DASH, Cell, Row, Table, fixed
 
 # Of the normalised filter bank (audio/fbank.py): a unit of it in dB. Given here again, for the report loads no torch.
 DB_PER_UNIT = 2 * 4.5689974 * 10 / float(np.log(10))
@@ -109,8 +109,8 @@ def _probe_row(name: str, probe: Mapping[str, Any]) -> Row:
         if not precision:
             cells.append(Cell(DASH))
             continue
-        low, high = (f"{precision[end]:.3f}" for end in ("ci_lo", "ci_hi"))
-        cells.append(Cell(f"{precision['mean_average_precision']:.3f}", f"[{low}, {high}]"))
+        value, low, high = (fixed(precision[key], 3) for key in ("mean_average_precision", "ci_lo", "ci_hi"))
+        cells.append(Cell(value, f"[{low}, {high}]"))
     return Row(cells)
 
 

@@ -74,13 +74,14 @@ def _repeats(classes_of: dict[str, dict[str, int] | None]) -> list[tuple[str, st
 
 
 def _undefined(run: Run, metrics: Metrics) -> str:
-    parts = [f"mixture SDR {count(metrics['mixture.n_nan'])}"]
+    """Which scores are undefined of how many pairs; those without any are not named."""
+    scores = {"mixture SDR": metrics["mixture.n_nan"]}
     for start in (f"{model}.{query}" for model in run.models for query in QUERIES):
-        if f"{start}.n_nan" in metrics:
-            text = f"{start.replace('.', ', ')}: SDRi {count(metrics[f'{start}.n_nan'])}"
-            bss = metrics.get(f"{start}.n_nan_bss")
-            parts.append(text if bss is None else f"{text}, BSS {count(bss)}")
-    return f"{'; '.join(parts)} of {count(metrics['mixture.n_pairs'])}"
+        name = start.replace(".", ", ")
+        scores[f"SDRi of {name}"] = metrics.get(f"{start}.n_nan", 0)
+        scores[f"BSS Eval of {name}"] = metrics.get(f"{start}.n_nan_bss", 0)
+    parts = [f"{name} {count(n)}" for name, n in scores.items() if n]
+    return f"{'; '.join(parts) or 'none'} of {count(metrics['mixture.n_pairs'])} pairs"
 
 
 def _overlaps(overlap: dict[str, float], summary: dict[str, Any]) -> str:
