@@ -21,6 +21,8 @@ TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads":
 SMALL = {"weights": "random", "sha256": None, "config": {**TRANSFORMER, **CONVOLUTIONS}}
 OPTIONS = {
     "mae": {"mae_input": "crop", "drop_path": 0.0},
+    "mae_untrained": {"mae_input": "crop", "drop_path": 0.0},
+    "logmel": {},
     "none": {"mae_input": "crop"},
     "random": {"mae_input": "crop"},
     "panns": {"weights": "the fixture's"},
@@ -30,7 +32,7 @@ OPTIONS = {
     "data2vec": SMALL,
     "dasheng": {"weights": "random", "sha256": None, "config": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
 }
-LEARNING = [name for name in OPTIONS if name not in ("none", "random")]
+LEARNING = [name for name in OPTIONS if name not in ("none", "random", "logmel")]
 ADAPTED = [name for name in LEARNING if name != "panns"]
 each_upstream = pytest.mark.parametrize("name", upstreams.names())
 
@@ -107,6 +109,23 @@ def test_features_without_information_have_the_steps_of_the_a_mae(mae_input, sam
         steps = upstream.to_steps(upstream.hidden(noise(samples))[-1])
         (theirs if name == "mae" else ours).append((steps.shape, upstream.frames_per_step))
     assert ours == 2 * theirs
+
+
+def test_log_mels_of_a_tone_lie_in_its_band_and_in_the_frames_where_it_sounds(pretrained):
+    upstream = make("logmel", pretrained)
+    waveform = noise(64000) / 100
+    waveform[:, 32000:] += 0.1 * torch.sin(2 * torch.pi * 1000 / 32000 * torch.arange(32000))
+    (found,) = upstream.hidden(waveform)
+    assert found.shape == (2, 200, 128)
+    assert set(found[:, 110:190].argmax(dim=2).flatten().tolist()) <= {43, 44, 45, 46, 47}  # of 128, even in mel
+    assert (found[:, 110:190].amax(dim=2) > found[:, :90].amax(dim=2).amax()).all()
+
+
+def test_an_untrained_encoder_has_the_sizes_of_the_trained_one_and_other_weights(pretrained):
+    trained, drawn = (make(name, pretrained).state_dict() for name in ("mae", "mae_untrained"))
+    assert {name: t.shape for name, t in trained.items()} == {name: t.shape for name, t in drawn.items()}
+    name = "encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(trained[name], drawn[name])
 
 
 @pytest.mark.parametrize("name", LEARNING)
