@@ -67,7 +67,7 @@ def length(model: str, minutes: float, folder: Path) -> dict[str, float]:
     first = json.loads(command(model, "--list-classes", "--json"))[0]["name"]
     done = json.loads(command(model, str(path), "-o", str(folder / "out"), "--two-stems", first, "--json"))["done"][0]
     path.unlink()
-    return {key: done[key] for key in ("seconds", "real_time_factor", "memory_mb")}
+    return {key: done[key] for key in ("seconds", "real_time_factor", "cpu_seconds", "memory_mb")}
 
 
 def command(model: str, *arguments: str) -> str:
@@ -93,7 +93,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for minutes in [1.0, *([args.minutes] if args.minutes else [])]:
                 found = length(model, minutes, Path(folder))
-                print(f"  {minutes:g} min: real-time factor {found['real_time_factor']}, {found['memory_mb']} MB")
+                share = found["cpu_seconds"] / found["seconds"]
+                print(
+                    f"  {minutes:g} min: real-time factor {found['real_time_factor']}, {share:.4f} s of CPU a second, "
+                    f"{found['memory_mb']} MB"
+                )
 
 
 if __name__ == "__main__":

@@ -43,14 +43,18 @@ class Recording:
             yield block
         if not done:
             raise Unusable(f"{self.path}: it holds no sound")
+        if self.frames is not None and done < self.frames:
+            raise Unusable(f"{self.path}: it is cut off after {done} of {self.frames} samples")
 
 
 def open_recording(path: Path) -> Recording:
     """Open a file; Unusable, with its name and why, where it is none that can be read."""
-    if path.is_dir():
-        raise Unusable(f"{path}: it is a directory")
     try:
         size = path.stat().st_size
+        if path.is_dir():
+            raise Unusable(f"{path}: it is a directory")
+        if not path.is_file():
+            raise Unusable(f"{path}: it is no regular file")
         if not os.access(path, os.R_OK):
             raise Unusable(f"{path}: no permission to read it")
     except OSError as error:
@@ -70,7 +74,7 @@ def find_recordings(paths: list[Path]) -> list[Path]:
     """List the files of `paths`, folders with all that lies below them by a suffix that is read, each once."""
     found: dict[Path, None] = {}
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             for folder, folders, names in os.walk(path):  # links to folders are not followed
                 folders.sort()
                 found |= {Path(folder, n): None for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES}
@@ -161,6 +165,8 @@ def _open_av(path: Path) -> Recording:
             if not container.streams.audio:
                 raise Unusable(f"{path}: it holds no sound")
             context = container.streams.audio[0].codec_context
+            if context is None:
+                raise Unusable(f"{path}: its sound is of a kind that cannot be decoded")
             rate, channels = context.sample_rate, context.channels
     except (av.error.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, Unusable):
@@ -192,4 +198,6 @@ def _av_blocks(path: Path) -> Iterator[Block]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -70,7 +70,8 @@ class Job:
     def _write(
         self, recording: Recording, queries: dict[str, Query], names: list[str], wanted: dict[str, Path]
     ) -> dict[str, Any]:
-        args, began, before = self.args, time.monotonic(), psutil.Process().memory_info().rss
+        args, began, cpu = self.args, time.monotonic(), time.process_time()
+        before = psutil.Process().memory_info().rss
         blocks = chosen_blocks(self.separator, args)
         stream = self.separator.stream(
             torch.stack(list(queries.values())) if queries else None,
@@ -103,6 +104,7 @@ class Job:
             "stems": {stem: str(writer.path) for stem, writer in written.items()},
             "seconds": round(seconds, 3),
             "real_time_factor": round(taken / max(seconds, 1e-9), 4),
+            "cpu_seconds": round(time.process_time() - cpu, 2),
             "latency_seconds": round(stream.latency_seconds, 3),
             "memory_mb": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 - before // 2**20),
         }

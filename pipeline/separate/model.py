@@ -198,7 +198,7 @@ class Separator:
         least = (self.network.segment_samples or 0) + self.network.grid_samples
         context = max(round((seconds + FADE_SECONDS) * self.sample_rate), least)
         context = -(-context // self.unit) * self.unit
-        core = max(WINDOW_SECONDS - 2 * context / self.sample_rate, WINDOW_SECONDS / 4)
+        core = max(WINDOW_SECONDS - 2 * context / self.sample_rate, WINDOW_SECONDS / 2)
         return self.blocks_of(core, FADE_SECONDS, context)
 
     def blocks_of(self, core_seconds: float, fade_seconds: float, context: int | None = None) -> Blocks:

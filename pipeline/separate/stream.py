@@ -108,7 +108,7 @@ class Stream:
         self._buffer = np.concatenate([self._buffer, self._entering(empty, last=True)], axis=1)
         end, found = self._start + self._buffer.shape[1], []
         whole = max(0, (end - self._position - self.blocks.context) // self.blocks.core)
-        found += self._next(whole)
+        found += self._next(whole) if whole else []
         if end > self._position:
             found += self._next(1, last=end)
         rest = self._leaving(found, last=True)
@@ -130,7 +130,7 @@ class Stream:
         for start, end, (first, _), estimates in zip(starts, ends, spans, self._separated(windows), strict=True):
             kept = estimates[:, :, start - first : end - first + (self.blocks.fade if last is None else 0)]
             found.append(self._joined(kept, end - start))
-        self._position = ends[-1] if ends else self._position
+        self._position = ends[-1]
         drop = max(0, self._position - context - self._start)
         self._buffer, self._start = self._buffer[:, drop:].copy(), self._start + drop
         return found

@@ -310,44 +310,6 @@ def test_what_exceeds_full_scale_never_wraps_around(folder, tmp_path):
         assert (np.sign(rest[loud]) == original[loud]).mean() > 0.99
 
 
-def bad_inputs(root):
-    """Names of files that cannot be separated, by what is wrong with them."""
-    good = noise(1, RATE)[0]
-    soundfile.write(root / "nan.wav", np.where(np.arange(RATE) == 9, np.nan, good), RATE, subtype="FLOAT")
-    soundfile.write(root / "infinite.wav", np.where(np.arange(RATE) == 9, np.inf, good), RATE, subtype="FLOAT")
-    (root / "empty.wav").touch()
-    (root / "text.wav").write_text("this is no sound\n")
-    (root / "random.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
-    (root / "header.wav").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
-    soundfile.write(root / "no_samples.wav", good[:0], RATE)
-    (root / "directory.wav").mkdir()
-    (root / "loop.wav").symlink_to(root / "loop.wav")
-    (root / "dangling.wav").symlink_to(root / "nowhere.wav")
-    (root / ("n" * 240 + ".wav")).write_bytes(b"x")
-    (root / "-dash.wav").write_text("x")
-    (root / "ünïcode 音.wav").write_text("x")
-    (root / "picture.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(50))
-    paths = sorted(root.iterdir())
-    return [*(path for path in paths if path.name != "directory.wav"), root / "missing.wav", root / "no" / "folder.wav"]
-
-
-def test_bad_files_are_a_line_each_and_the_good_ones_are_done(folder, tmp_path, capsys):
-    (tmp_path / "bad").mkdir()
-    bad = bad_inputs(tmp_path / "bad")
-    for name in ("first.wav", "last.wav"):
-        soundfile.write(tmp_path / name, noise(1, RATE)[0], RATE)
-    tracks = [tmp_path / "first.wav", *bad, tmp_path / "last.wav"]
-    assert run(*tracks, "-n", folder, "-o", tmp_path / "out", "--class", "Dog") == 1
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == len(bad) >= 15
-    for path, line in zip(bad, errors, strict=True):
-        assert str(path) in line
-    assert len(lines) == len(errors) + 1  # and the summary
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*.wav")) == ["Dog.wav", "Dog.wav"]
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".")]
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
