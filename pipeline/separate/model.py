@@ -83,10 +83,10 @@ class Separator:
         self.folder, self.config, self.precision = folder, config, precision
         try:
             self.device = choose_device(device)
-        except ValueError as error:
-            raise Unusable(str(error)) from error
+            self.network = network.to(self.device)
+        except (ValueError, RuntimeError) as error:
+            raise Unusable(f"device {device}: {hub.one_line(error)}") from error
         use_precision(precision)
-        self.network = network.to(self.device)
         self.takes_queries = isinstance(network, QuerySeparator)
         self.sample_rate = int(self.config["sample_rate"])
         self.classes = [SoundClass(**one) for one in self.config.get("classes", [])]

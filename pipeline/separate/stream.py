@@ -18,7 +18,6 @@ import numpy as np
 import soxr
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline.core.devices import exact_float32
@@ -170,6 +169,8 @@ class Stream:
 
     def _matched(self, found: Float[Tensor, "targets channels time"]) -> Float[Tensor, "targets channels time"]:
         """Put the estimates of a block in the order of the one before, as what both have estimated says."""
+        from scipy.optimize import linear_sum_assignment  # 0.3 s that only a model without queries needs
+
         if self._before is not None:
             n = min(self._before.shape[2], found.shape[2])
             before, now = self._before[:, :, :n].flatten(1), found[:, :, :n].flatten(1)

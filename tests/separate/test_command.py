@@ -4,8 +4,12 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy as np
@@ -205,6 +209,29 @@ def test_an_output_that_is_a_file_is_refused(folder, tmp_path, capsys):
     assert run(tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out", "--class", "Dog") == 2
     assert "it is a file, not a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_interruption_leaves_nothing_half_written(folder, tmp_path):
+    sound(tmp_path / "x.wav", noise(2, 120 * RATE))
+    args = [sys.executable, "-m", "pipeline.separate", tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out"]
+    running = subprocess.Popen([*args, "--class", "Dog"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/x").exists():  # the first block is at work
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert said == "interrupted; what was finished is kept\n"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(folder, tmp_path, capsys, device):
+    assert run(tmp_path / "x.wav", "-n", folder, "--class", "Dog", "-d", device) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: device {device}: ")
+    assert error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------- without queries
