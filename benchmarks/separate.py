@@ -65,7 +65,8 @@ def length(model: str, minutes: float, folder: Path) -> dict[str, float]:
         for minute in range(max(1, round(minutes))):
             file.write(recording(60.0 * min(1.0, minutes), seed=minute).T)
     first = json.loads(command(model, "--list-classes", "--json"))[0]["name"]
-    done = json.loads(command(model, str(path), "-o", str(folder / "out"), "--two-stems", first, "--json"))["done"][0]
+    asked = ["-o", str(folder / "out"), "--two-stems", first, "--force", "--json"]
+    done = json.loads(command(model, str(path), *asked))["done"][0]
     path.unlink()
     return {key: done[key] for key in ("seconds", "real_time_factor", "cpu_seconds", "memory_mb")}
 

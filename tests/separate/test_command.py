@@ -222,7 +222,9 @@ def test_an_interruption_leaves_nothing_half_written(folder, tmp_path):
     _, said = running.communicate(timeout=120)
     assert running.returncode == 130
     assert said == "interrupted; what was finished is kept\n"
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    # Where the signal came late the file was there, whole.
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert [soundfile.info(path).frames for path in files] in ([], [120 * RATE])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
