@@ -156,6 +156,7 @@ BODIES = {
     "bandsplit": TINY["bandsplit"] | {"recurrent_hidden": 8},
     "mae_resunet": TINY["mae_resunet"],
     "mae_resunet interferer": TINY["mae_resunet"] | {"fusion": "interferer", "mae_input": "crop"},
+    "mae_bandsplit": TINY["mae_bandsplit"] | {"body": TINY["bandsplit"] | {"n_fft": 1024, "hop_length": 512}},
     "mae_resunet attention": TINY["mae_resunet"] | {"fusion": "attention"},
 }
 
@@ -207,6 +208,24 @@ def test_a_target_alone_is_what_it_is_among_others(body):
     np.testing.assert_allclose(together["1"], alone["1"], rtol=0, atol=1e-5)
 
 
+def test_what_is_not_wanted_changes_the_estimate_of_a_model_that_takes_it():
+    torch.manual_seed(0)
+    model = MODEL | {"query_dim": 8, "interferer_query": True}
+    network = separators.build("resunet", **model).eval()
+    network.segment_samples = 2 * RATE
+    config = {"architecture": "resunet", "model": model, "sample_rate": RATE, "context_seconds": 1.0}
+    separator = Separator(Path("it"), config, network, device="cpu", precision="fp32")
+    audio, query, other = noise(1, RATE), torch.rand(8), torch.rand(8)
+    found = []
+    for without in (None, other):
+        stream = separator.stream(query[None], without=without, channels=1, sample_rate=RATE)
+        found.append(np.concatenate([stream.push(audio), stream.flush()], axis=2)[0, 0])
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(audio), network.joint_query(query[None], other[None]))[0].numpy()
+    np.testing.assert_allclose(found[1], expected, atol=1e-6)
+    assert np.abs(found[1] - found[0]).max() > 1e-4
+
+
 def test_a_change_is_felt_as_far_as_a_filter_reaches(monkeypatch):
     class Filter(separators.QuerySeparator):
         hop_length = 320
@@ -216,7 +235,7 @@ def test_a_change_is_felt_as_far_as_a_filter_reaches(monkeypatch):
             kernel[..., 0] = kernel[..., 4800] = 1
             return torch.nn.functional.conv1d(mixture[:, None], kernel, padding=4800)[:, 0]
 
-    assert felt_seconds(Filter(), 4, torch.device("cpu"), seconds=1.0) == pytest.approx(0.15, abs=1e-3)
+    assert felt_seconds(Filter(query_dim=4), 4, torch.device("cpu"), seconds=1.0) == pytest.approx(0.15, abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- targets
