@@ -55,6 +55,6 @@ def _of_folder(folder: Path, *, n_resamples: int, seed: int) -> dict[str, float]
 
 
 def _flat(found: Mapping[str, Estimate]) -> dict[str, float]:
-    """What is undefined has no key, as everywhere in metrics.json."""
+    """Both ends of every interval by key; one that is undefined has no key, as everywhere in metrics.json."""
     ends = {f"{key}_ci_lo": e.low for key, e in found.items()} | {f"{key}_ci_hi": e.high for key, e in found.items()}
     return {key: round(value, 6) + 0.0 for key, value in ends.items() if np.isfinite(value)}
