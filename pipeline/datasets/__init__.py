@@ -19,9 +19,11 @@ import importlib
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
@@ -106,6 +108,25 @@ def recording_of(name: str) -> str:
     if match := _TAKE.fullmatch(name):
         return match[1]
     return match[1] if (match := _SEGMENT.fullmatch(name)) else name
+
+
+def clip_id_of(name: str, counts: Counter[str]) -> str:
+    """The id of a clip of this name: the name, or where that cannot be one its letters and digits with eight of a hash.
+
+    The ways to write an accent are one name. Names that are no ids are counted.
+    """
+    if CLIP_ID.fullmatch(name):
+        return name
+    counts["names_that_are_no_ids"] += 1
+    name = unicodedata.normalize("NFC", name)
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    digest = sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{re.sub('[^A-Za-z0-9-]+', '_', plain)[:64]}_{digest}"
+
+
+def files_by_name(root: Path, counts: Counter[str], folder: str) -> dict[str, str]:
+    """Paths of the audio in `folder`, as `walk` gives them, by the path as a list may write it (accents in NFC)."""
+    return {unicodedata.normalize("NFC", path): path for path, _ in walk(root, counts, folder)}
 
 
 def load(source: str) -> ModuleType:

@@ -7,18 +7,17 @@ Subsets are the folds, "1" to "5"; excerpts of one recording lie in one fold. "e
 belongs to ESC-10, ten categories. Each category is one AudioSet class.
 """
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.datasets import Clip, labels_of, read_table, recording_of, root_of, walk
+from pipeline.datasets import Clip, clip_id_of, files_by_name, labels_of, read_table, recording_of, root_of
 
 FOLDS = ("1", "2", "3", "4", "5")
 ESC10 = "esc10-"
 SUBSETS = (*FOLDS, *(ESC10 + fold for fold in FOLDS))
 _SECONDS = 5.0
-_FILENAME = re.compile(r"([A-Za-z0-9_-]+)\.wav", re.ASCII)
 
 # The class that sounds the same where AudioSet has no class of that name: can_opening (a pop), drinking_sipping (a
 # liquid), washing_machine (a mechanism).
@@ -83,13 +82,12 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
         raise ValueError(f"ESC-50 has no subset {subset!r}; its subsets are {list(SUBSETS)}")
     fold, only_esc10 = subset.removeprefix(ESC10), subset.startswith(ESC10)
     root_of(root, "meta/esc50.csv and audio/")
-    present = {path for path, _ in walk(root, counts, "audio")}
+    present = files_by_name(root, counts, "audio")
 
     found: dict[str, Clip] = {}
     columns = ("filename", "fold", "category", "src_file", *(["esc10"] if only_esc10 else []))
     for where, row in read_table(root / "meta" / "esc50.csv", columns):
-        if (match := _FILENAME.fullmatch(row["filename"])) is None:
-            raise ValueError(f"{where}: {row['filename']!r} is not the name of a wav file")
+        filename = unicodedata.normalize("NFC", row["filename"])
         if row["fold"] not in FOLDS:
             raise ValueError(f"{where}: fold {row['fold']!r} is not one of {list(FOLDS)}")
         if row["category"] not in MIDS:
@@ -98,10 +96,9 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
             raise ValueError(f"{where}: esc10 is {row['esc10']!r}, neither True nor False")
         if row["fold"] != fold or (only_esc10 and row["esc10"] != "True"):
             continue
-        if (clip_id := match.group(1)) in found:
+        if (clip_id := clip_id_of(filename.removesuffix(".wav"), counts)) in found:
             raise ValueError(f"{where}: clip {clip_id!r} a second time")
-        path = f"audio/{row['filename']}"
         labels = labels_of([MIDS[row["category"]]], where, counts)
         recording = row["src_file"] or recording_of(clip_id)
-        found[clip_id] = Clip(clip_id, labels, path if path in present else None, 0.0, _SECONDS, recording)
+        found[clip_id] = Clip(clip_id, labels, present.get(f"audio/{filename}"), 0.0, _SECONDS, recording)
     yield from (found[clip_id] for clip_id in sorted(found))

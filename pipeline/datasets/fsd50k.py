@@ -8,18 +8,19 @@ Subsets: `dev`, its parts `train` and `val`, and `eval`. Labels are taken from t
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.datasets import CLIP_ID, Clip, labels_of, read_table, root_of, walk
+from pipeline.datasets import Clip, clip_id_of, files_by_name, labels_of, read_table, root_of
 
 _FILES = {"dev": "dev", "train": "dev", "val": "dev", "eval": "eval"}
 
 
 def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterator[Clip]:
     """The clips of a subset sorted by clip_id, which is the Freesound id. Those with no label left are dropped and
-    counted.
+    counted. In copies of other data laid out like this, names of any letters have an id made of them.
 
     A clip is a whole recording, whose length the lists do not tell: it ends at infinity.
     """
@@ -28,24 +29,23 @@ def clips(root: Path, subset: str, counts: Counter[str] | None = None) -> Iterat
         raise ValueError(f"FSD50K has no subset {subset!r}; there are {sorted(_FILES)}")
     root_of(root, "FSD50K.ground_truth, FSD50K.dev_audio and FSD50K.eval_audio")
     half = _FILES[subset]
-    present = {path for path, _ in walk(root, counts, f"FSD50K.{half}_audio")}
+    present = files_by_name(root, counts, f"FSD50K.{half}_audio")
 
     found: dict[str, Clip] = {}
     columns = ("fname", "mids", "split") if half == "dev" else ("fname", "mids")
     for where, row in read_table(root / "FSD50K.ground_truth" / f"{half}.csv", columns):
-        fname = row["fname"]
-        if not CLIP_ID.fullmatch(fname):
-            raise ValueError(f"{where}: {fname!r} is not a name of a clip (letters, digits, _ and -)")
+        fname = unicodedata.normalize("NFC", row["fname"])
         if half == "dev" and row["split"] not in ("train", "val"):
             raise ValueError(f"{where}: split {row['split']!r} is neither 'train' nor 'val'")
         if subset in ("train", "val") and row["split"] != subset:
             continue
-        if fname in found:
+        clip_id = clip_id_of(fname, counts)
+        if clip_id in found:
             raise ValueError(f"{where}: clip {fname!r} a second time")
         labels = labels_of(filter(None, row["mids"].split(",")), where, counts)
         if not labels:
             counts["segments_without_label"] += 1
             continue
-        path = f"FSD50K.{half}_audio/{fname}.wav"
-        found[fname] = Clip(fname, labels, path if path in present else None, 0.0, math.inf, fname)
-    yield from (found[fname] for fname in sorted(found))
+        path = present.get(f"FSD50K.{half}_audio/{fname}.wav")
+        found[clip_id] = Clip(clip_id, labels, path, 0.0, math.inf, clip_id)
+    yield from (found[clip_id] for clip_id in sorted(found))
