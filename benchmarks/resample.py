@@ -92,6 +92,7 @@ def ratio(taken: dict[tuple[str, str], list[np.ndarray]], group: str, form: str)
 def main() -> None:
     os.environ["USS_WORKERS"] = "0"
     audio, params = load_params("audio", AudioParams), load_params("resample", ResampleParams)
+    audio = audio.model_copy(update={"clip_seconds": 10.0})  # the whole of each file, as the other side does
     taken: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
         root, scratch = Path(directory, "corpus"), Path(directory, "scratch")

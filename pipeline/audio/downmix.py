@@ -33,8 +33,8 @@ class Downmix:
         if n_channels == 1:
             np.divide(frames[:, 0], np.float32(full_scale), out=out, dtype=np.float32)
             return
-        _mean(frames, np.float32(full_scale), out)
-        samples = frames if frames.dtype == np.float32 else frames.astype(np.float32)
+        samples = frames.astype(np.float32, copy=False)
+        _mean(samples, np.float32(full_scale), out)
         power = _powers(samples.reshape(-1), self.window * n_channels)
         is_cancelled = _powers(out, self.window) * (n_channels * full_scale) ** 2 < CANCELLED * power
         if not is_cancelled.any() and self._channel in (None, -1):
@@ -66,7 +66,7 @@ def _powers(samples: Float32[np.ndarray, " n"], window: int) -> Float32[np.ndarr
     """Sum of squares in each window; the last one may be shorter."""
     whole = len(samples) // window
     inside = samples[: whole * window].reshape(whole, window)
-    powers = np.einsum("kw,kw->k", inside, inside)
+    powers = np.vecdot(inside, inside)
     rest = samples[whole * window :]
     return np.append(powers, np.dot(rest, rest)).astype(np.float32) if len(rest) else powers
 
@@ -77,17 +77,17 @@ def _sounding(samples: Float32[np.ndarray, "time channels"]) -> int:
     return int(np.argmax(powers >= SOUNDING * powers.max()))
 
 
-def _mean(frames: Block, full_scale: np.float32, out: Float32[np.ndarray, " time"]) -> None:
+def _mean(
+    samples: Float32[np.ndarray, "time channels"], full_scale: np.float32, out: Float32[np.ndarray, " time"]
+) -> None:
     """Write the mean of two or more channels, as parts of full scale."""
-    scale = 1 / (full_scale * np.float32(frames.shape[1]))
-    if frames.shape[1] > 2:
-        np.matmul(frames.astype(np.float32, copy=False), np.full(frames.shape[1], scale), out=out)
-    elif frames.dtype == np.int16:
-        # A frame is one integer of 32 bits, its halves the two channels: read in one go, not every second sample.
-        both = np.ascontiguousarray(frames).view(np.int32).ravel()
-        total = both >> 16
-        total += both.astype(np.int16)
-        np.multiply(total, scale, out=out, dtype=np.float32, casting="unsafe")
+    n_channels = samples.shape[1]
+    scale = 1 / (full_scale * np.float32(n_channels))
+    if n_channels > 2:
+        np.matmul(samples, np.full(n_channels, scale), out=out)
+    elif full_scale > 1:  # of integers, whose sum is exact
+        np.add(samples[:, 0], samples[:, 1], out=out)
+        np.multiply(out, scale, out=out)
     else:
-        np.multiply(frames[:, 0], scale, out=out)  # before they are added: their sum may be more than a float holds
-        out += frames[:, 1] * scale
+        np.multiply(samples[:, 0], scale, out=out)  # before they are added: their sum may be more than a float holds
+        out += samples[:, 1] * scale

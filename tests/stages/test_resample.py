@@ -438,6 +438,26 @@ def test_neither_the_locale_nor_the_clock_changes_a_byte(small):
         assert contents(small / out) == found
 
 
+def test_odd_names_go_through_the_stage_as_they_are(workspace):
+    names = ["dog, barking.wav", 'the "dog".wav', "100%d.wav", "a#1.wav", "-i.wav", "two  spaces .wav", "e\u0301.wav",
+             "\u00e9.wav", "鐘.wav", "it's;$HOME*.wav", f"{'x' * 250}.wav"]  # fmt: skip
+    write_files(workspace, {name: encoded(sound(2, seed=i)) for i, name in enumerate(names)})
+    write_files(workspace, {'bad, "one".wav': b"not audio"})
+    configure(workspace, max_bad_fraction=0.2)
+    listed = workspace / "manifest/train.csv"
+    listed.parent.mkdir()
+    with open(listed, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(manifests.LISTED)
+        for i, name in enumerate([*names, 'bad, "one".wav']):
+            writer.writerow([f"c{i:02d}", "a", "/m/09x0r", name, 1, 0.0, 2.0, name])
+    run_well(workspace)
+    rows = rows_of(workspace / "clips/manifest.csv")
+    assert [row["recording"] for row in rows if row["status"] == "ok"] == names
+    assert [row["path"] for row in rows_of(workspace / "clips/quarantine.csv")] == ['bad, "one".wav']
+    assert len(shards.ClipReader(workspace / "clips", 32_000).clips) == len(names)
+
+
 def test_an_output_that_cannot_be_written_is_named_and_nothing_is_lost(small):
     """Below /proc nobody may make a folder, not even root."""
     done = run(small, out="/proc/clips")
