@@ -87,6 +87,11 @@ def locate(root: Path, path: str) -> Path:
     return full
 
 
+def read_segment(path: Path, start_seconds: float, end_seconds: float, max_seconds: float) -> Segment:
+    """The first part of a segment, as `read_segments` gives it."""
+    return next(read_segments(path, start_seconds, end_seconds, max_seconds, "first"))
+
+
 def read_segments(
     path: Path, start_seconds: float, end_seconds: float, max_seconds: float, long: Long
 ) -> Iterator[Segment]:

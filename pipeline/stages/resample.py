@@ -51,6 +51,7 @@ from pipeline.core.runtime import (
     scratch_dir,
     write_json,
 )
+from pipeline.mixtures.manifest import LISTED as LISTED  # scripts that make a list of their own have it from here
 from pipeline.mixtures.manifest import MANIFEST, Row, merge, read_rows, split_manifest
 from pipeline.mixtures.shards import INDEX, encode_flac, encode_json, encode_wav, write_shard
 
@@ -69,7 +70,7 @@ class ResampleParams(Params):
     n_shards: int = Field(gt=0, le=100_000)
     max_bad_fraction: float = Field(ge=0, le=1)
     silence_db: float = Field(ge=-300, le=0)
-    long: Long
+    long: Long = "first"  # the one default: lists of parameters from before it mean that
 
 
 class TooManyBadClips(RuntimeError):
@@ -297,7 +298,7 @@ def check_bad_fraction(summary: dict[str, Any], quarantine: Path, params: Resamp
 
 def resample_split(
     manifest: Path, root: Path, split: str, out: Path, scratch: Path, audio: AudioParams, params: ResampleParams,
-    held_out: Path | None,
+    held_out: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Make `out` from scan's manifest of one split; return the summary.
 

@@ -38,7 +38,7 @@ def write(path, waveform, rate=RATE, **kwargs):
 
 
 def read_segment(path, start, end, max_seconds=10):
-    return next(audio.read_segments(path, float(start), float(end), float(max_seconds), "first"))
+    return audio.read_segment(path, float(start), float(end), float(max_seconds))
 
 
 def reason(path, start=0, end=10):

@@ -57,7 +57,7 @@ def without_total(flac):
 
 
 def read(path, start=0.0, end=10.0, most=10.0):
-    return next(audio.read_segments(path, start, end, most, "first"))
+    return audio.read_segment(path, start, end, most)
 
 
 def reason(path, start=0.0, end=10.0):
