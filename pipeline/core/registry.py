@@ -26,7 +26,7 @@ class Registry:
         self.package, self.folder, self.what = package, Path(file).parent, what
 
     def names(self) -> list[str]:
-        """List the entries."""
+        """List the names of the entries, sorted."""
         return sorted(path.stem for path in self.folder.glob("[a-z]*.py"))
 
     def module(self, name: str) -> ModuleType:
