@@ -107,8 +107,13 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     (root / "separator").mkdir()
     save_weights(MODEL, root / "separator")
-    runtime.write_json(root / "separator" / "config.json", {"architecture": "resunet", "model": MODEL})
+    write_config(MODEL, root / "separator")
     return root
+
+
+def write_config(model, directory):
+    config = {"architecture": "resunet", "model": model, "segment_samples": SEGMENT_SAMPLES}
+    runtime.write_json(directory / "config.json", config)
 
 
 def save_weights(model, directory):
@@ -303,7 +308,7 @@ def broken_separator(world, directory, **config):
     directory.mkdir()
     weights = load_file(world / "separator" / "weights.safetensors")
     save_file(weights, directory / "weights.safetensors")
-    runtime.write_json(directory / "config.json", {"architecture": "resunet", "model": {**MODEL, **config}})
+    write_config({**MODEL, **config}, directory)
     return directory, weights
 
 
@@ -341,7 +346,7 @@ def test_a_separator_that_takes_the_interferers_query_has_rows_with_it(world, tm
     save_file(
         {n: t.contiguous() for n, t in separator.state_dict().items()}, tmp_path / "separator/weights.safetensors"
     )
-    runtime.write_json(tmp_path / "separator" / "config.json", {"architecture": "resunet", "model": model})
+    write_config(model, tmp_path / "separator")
     summary = run(world, tmp_path / "scores", separator=tmp_path / "separator")
     scores = pd.read_parquet(tmp_path / "scores" / "scores.parquet")
     assert scores["query"].tolist() == ["average", "oracle", "average+interferer"] * N_PAIRS
@@ -374,7 +379,7 @@ def test_queries_of_another_size_are_refused(world, tmp_path):
     torch.manual_seed(0)
     model = {**MODEL, "query_dim": 7}
     save_weights(model, directory)
-    runtime.write_json(directory / "config.json", {"architecture": "resunet", "model": model})
+    write_config(model, directory)
     with pytest.raises(ValueError, match=r"takes queries of 7 numbers, and those of .*train have 6"):
         run(world, tmp_path / "out", separator=directory)
 
