@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 from pipeline.core.config import Params, Size
 
 SizeOrNone = Annotated[int, Field(ge=0, le=65_536)]  # 0: there is none
-Depth = Annotated[int, Field(ge=0, le=128)]
+Depth = Annotated[int, Field(ge=1, le=128)]
 DEPTHS = ("depth", "layers", "stacks")  # arguments that count modules: each is built, one after the other
 
 
@@ -26,7 +26,7 @@ class Registry:
         self.package, self.folder, self.what = package, Path(file).parent, what
 
     def names(self) -> list[str]:
-        """List the names of the entries, sorted."""
+        """List the entries: the names of the files."""
         return sorted(path.stem for path in self.folder.glob("[a-z]*.py"))
 
     def module(self, name: str) -> ModuleType:
@@ -36,16 +36,20 @@ class Registry:
         return import_module(f"{self.package}.{name}")
 
 
-def params_of(name: str, function: Callable[..., Any], *, given: Collection[str]) -> type[Params]:
+def params_of(
+    name: str, function: Callable[..., Any], *, given: Collection[str], size: Any = SizeOrNone
+) -> type[Params]:
     """Make the Params class of a constructor: its arguments but those `given`, with their types and defaults.
 
-    Whole numbers are sizes, from 0 to 65,536, unless the signature says otherwise by an Annotated type.
+    Whole numbers are sizes, from 0 to 65,536 unless `size` is another type, and real ones are not negative; an
+    Annotated type in the signature stands as it is.
     """
     fields: dict[str, Any] = {}
     for argument in inspect.signature(function).parameters.values():
         if argument.name not in ("self", *given):
-            size = Depth if argument.name in DEPTHS else SizeOrNone
-            kind = {int: size, Sequence[int]: list[Size]}.get(argument.annotation)
+            whole = Depth if argument.name in DEPTHS else size
+            real = Annotated[float, Field(ge=0)]
+            kind = {int: whole, float: real, Sequence[int]: list[Size]}.get(argument.annotation)
             default = ... if argument.default is inspect.Parameter.empty else argument.default
             fields[argument.name] = (kind or argument.annotation, default)
     return create_model(name, __base__=Params, **fields)

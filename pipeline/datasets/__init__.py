@@ -15,7 +15,6 @@ which brings them about under `root`: it does nothing when they are there, and c
 """
 
 import csv
-import importlib
 import logging
 import os
 import re
@@ -25,9 +24,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 
 from pipeline.core import ontology
+from pipeline.core.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +128,8 @@ def files_by_name(root: Path, counts: Counter[str], folder: str) -> dict[str, st
     return {unicodedata.normalize("NFC", path): path for path, _ in walk(root, counts, folder)}
 
 
-def load(source: str) -> ModuleType:
-    """The dataset of this name. ValueError with the known ones for another."""
-    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    if source not in known:
-        raise ValueError(f"no dataset {source!r}; there are {known}")
-    return importlib.import_module(f"{__name__}.{source}")
+REGISTRY = Registry(__name__, __file__, "dataset")
+load = REGISTRY.module
 
 
 def labels_of(mids: Iterable[str], where: str, counts: Counter[str]) -> tuple[str, ...]:

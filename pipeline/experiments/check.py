@@ -13,12 +13,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ruamel.yaml import YAML
 
+from pipeline.core import config
 from pipeline.core.config import SECTIONS, Params, load_params
 from pipeline.core.runtime import cpu_count, outside, run_command, write_atomic
 from pipeline.experiments.sizes import check_sizes
@@ -93,39 +94,77 @@ def check_params(path: Path) -> dict[str, Any]:
     """Hold every section and entry of a params.yaml to its type; return the document. ValueError names the key."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; run this in the project's folder, or copy one of profiles/ there")
-    document = YAML(typ="safe").load(path)
+    document = config.read_document(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path} is not a mapping of sections")
     if missing := sorted(SECTIONS - set(document)):
         raise ValueError(f"{path}: no section {', '.join(missing)}")
     check_names(document)
-    from pipeline import upstreams
+    from pipeline import datasets, upstreams
+    from pipeline.datasets import music
     from pipeline.datasets.music.synthetic_stems import Options as SyntheticStems
-    from pipeline.separators import model_params
+    from pipeline.separators import fusions, model_params
     from pipeline.separators._features import Settings
     from pipeline.stages.train_separator import SeparatorParams, read_mae_entry, read_train
     from pipeline.training.mixit import read_entry
 
     for section, params in sections().items():
         load_params(section, params, path)
+    for section, load in (("data", datasets.load), ("music", music.load)):
+        try:
+            load(document[section]["source"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {section}.source: {error}") from None
     for name in document["separators"]:
         entry = load_params(f"separators.{name}", SeparatorParams, path)
-        load_params(f"separators.{name}.model", model_params(entry.architecture), path)
+        with _at(f"separators.{name}", "architecture"):
+            load_params(f"separators.{name}.model", model_params(entry.architecture), path)
         read_train(name, "separators", path)
     for name in document["mae_separators"]:
-        read_mae_entry(name, path)
+        with _at(f"mae_separators.{name}", "architecture, body, settings"):
+            read_mae_entry(name, path)
         read_train(name, "mae_separators", path)
     for place in ["model", *(f"variants.{name}" for name in document["variants"])]:
-        load_params(place, Settings, path)
+        settings = load_params(place, Settings, path)
+        load_params(f"{place}.fusion_options", fusions.options(settings.fusion), path)
     for name in document["upstreams"]:
         if (options := upstreams.options(name)) is not None:
             load_params(f"upstreams.{name}", options, path)
+    used = {entry["model"] for data in ("music", "anchors") for entry in document[f"mixit_{data}"].values()}
+    for name in document["mixit_models"]:
+        if (place := f"mixit_models.{name}") not in {*used, document["pretrain_performer"]["model"]}:
+            _check_unused(place, path)
     load_params("music.synthetic_stems", SyntheticStems, path)
     for data in ("music", "anchors"):
         for name in document[f"mixit_{data}"]:
-            read_entry(name, data, path)
-    load_params(document["pretrain_performer"]["model"], model_params("performer"), path)
+            with _at(f"mixit_{data}.{name}", "architecture, model"):
+                read_entry(name, data, path)
+    with _at("pretrain_performer", "model"):
+        load_params(document["pretrain_performer"]["model"], model_params("performer"), path)
     return document
+
+
+def _check_unused(place: str, path: Path) -> None:
+    """ValueError for the sizes of a separator without queries that no entry uses, and that fit none."""
+    from pipeline import separators
+
+    for architecture in separators.names():
+        if not separators.takes_query(architecture):
+            try:
+                load_params(place, separators.model_params(architecture), path)
+            except ValueError:
+                continue
+            return
+    raise ValueError(f"{path}: {place} fits no separator without queries, and no entry uses it")
+
+
+@contextmanager
+def _at(entry: str, keys: str) -> Iterator[None]:
+    """Say which entry's keys an error is about, where it names a place that they point to, or none."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{entry} ({keys}): {error}") from None
 
 
 def check_gates(document: Mapping[str, Any]) -> None:
@@ -154,6 +193,7 @@ def weights_of(document: Mapping[str, Any]) -> Iterator[tuple[str, Path, str | N
         if "sha256" in options and options["weights"] != "random":
             path = outside(options["weights"])
             if path.is_dir():
+                yield f"upstreams.{name}.config_sha256", path / "config.json", options["config_sha256"]
                 files = [path / file for file in ("model.safetensors", "pytorch_model.bin")]
                 path = next((file for file in files if file.is_file()), files[0])
             yield f"upstreams.{name}.weights", path, options["sha256"]

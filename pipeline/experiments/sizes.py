@@ -3,6 +3,7 @@
 Networks are built on torch's meta device, which allocates nothing; what their constructors refuse is known here too.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -25,7 +26,8 @@ def check_sizes(document: Mapping[str, Any]) -> None:
     for place, sizes, build in _networks(document):
         named = ", ".join(f"{key} {value}" for key, value in sizes.items())
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*zero-element")
                 network = build(**sizes)
         except Exception as error:  # of any kind: layers have their own ways to refuse a size
             raise ValueError(f"params.yaml: {place} ({named}): {str(error).splitlines()[0]}") from None

@@ -13,10 +13,10 @@ from pydantic import Field
 from pipeline.core import ontology
 from pipeline.core.config import Params, load_params, read_document
 from pipeline.core.runtime import read_json
-from pipeline.evaluation.bootstrap import Summary, summarise
 from pipeline.reporting.gates import Bound, GateParams
 from pipeline.reporting.inputs import SPLITS, SplitData, read_pairs, read_split, read_timings
 from pipeline.reporting.scores import listed_models, read_scores
+from pipeline.reporting.summary import Summary, summarise
 
 log = logging.getLogger(__name__)
 

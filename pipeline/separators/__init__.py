@@ -11,7 +11,6 @@ BlindSeparator    gives back all sources of a mixture, in no order; trained by m
 tests/test_separators.py holds every file here to that.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,10 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import create_model
 from torch import Tensor, nn
 
 from pipeline.core.config import Params
+from pipeline.core.registry import Registry, params_of
 from pipeline.core.runtime import read_json
 from pipeline.core.weights import read_safetensors
 from pipeline.nn.losses import separation_loss
@@ -186,9 +185,8 @@ class BlindSeparator(nn.Module):
         raise ValueError(f"nothing pretrains {type(self).__module__.rpartition('.')[2]}")
 
 
-def names() -> list[str]:
-    """List the architectures: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+REGISTRY = Registry(__name__, __file__, "separator")
+names = REGISTRY.names  # of the architectures
 
 
 def takes_query(name: str) -> bool:
@@ -243,18 +241,12 @@ def model_params(name: str) -> type[Params]:
     if hasattr(module, "Settings"):
         settings: type[Params] = module.Settings
         return settings
-    arguments = inspect.signature(separator.__init__).parameters.values()
-    fields: dict[str, Any] = {
-        a.name: (list[int] if a.annotation == Sequence[int] else a.annotation, ...)
-        for a in arguments
-        if a.name not in ("self", "query_dim", "sample_rate", "interferer_query")
-    }
-    return create_model(f"{name}.model", __base__=Params, **fields)
+    return params_of(f"{name}.model", separator.__init__, given=("query_dim", "sample_rate", "interferer_query"))
 
 
 def body_of(name: str) -> str:
     """Name the file of the body of a separator with features, as "resunet" of "mae_resunet"; ValueError without one."""
-    settings = getattr(import_module(_separator(name).__module__), "Settings", None)
+    settings = getattr(REGISTRY.module(name), "Settings", None)
     if settings is None:
         raise ValueError(f"separator {name!r} takes no features")
     body: str = settings.body_name
@@ -266,7 +258,7 @@ def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[s
 
     ValueError where the file `pipeline/separators/<name>.py` defines no `read_published(path, sha256=...)`.
     """
-    module = import_module(f"{__name__}.{name}")
+    module = REGISTRY.module(name)
     if not hasattr(module, "read_published"):
         raise ValueError(f"{path}: separator {name!r} reads no published checkpoints")
     found: tuple[dict[str, Tensor], dict[str, Any]] = module.read_published(path, sha256=sha256)
@@ -274,9 +266,7 @@ def read_published(name: str, path: Path, *, sha256: str | None) -> tuple[dict[s
 
 
 def _separator(name: str) -> Any:
-    if name not in names():
-        raise ValueError(f"no separator {name!r}; there are {names()}")
-    return import_module(f"{__name__}.{name}").Separator
+    return REGISTRY.module(name).Separator
 
 
 def weights_file(folder: Path) -> Path:

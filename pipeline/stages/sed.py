@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from pipeline.core.config import AudioParams, Params, load_params
+from pipeline.core.config import AudioParams, Params, Sha256, load_params
 from pipeline.core.devices import choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.core.ontology import class_of, classes
 from pipeline.core.runtime import fingerprint, keep_freed_memory, publish, run_command, running, scratch_dir, write_json
@@ -53,9 +53,9 @@ class SedParams(Params):
     """Section `sed:` of params.yaml."""
 
     weights: str | None
-    weights_sha256: str | None
+    weights_sha256: Sha256 | None
     query_weights: str | None
-    query_weights_sha256: str | None
+    query_weights_sha256: Sha256 | None
     seed: int = Field(ge=0, lt=2**31)
     channels: list[Annotated[int, Field(gt=0, le=16_384)]] = Field(min_length=1, max_length=16)
     embedding_dim: int = Field(gt=0, le=16_384)

@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline import upstreams
-from pipeline.core.config import Params, load_params
+from pipeline.core.config import Params, Sha256, load_params
 from pipeline.core.devices import Precision, autocast, choose_device, go_on_alike, use_available_cores, use_precision
 from pipeline.core.ontology import kin
 from pipeline.core.runtime import (
@@ -113,7 +113,7 @@ class SeparatorParams(Params):
 
     architecture: str
     weights: str | None
-    weights_sha256: str | None
+    weights_sha256: Sha256 | None
     train: dict[str, Any]  # what replaces keys of the section `train`
     model: dict[str, Any]
 
@@ -134,7 +134,7 @@ class Plan:
     architecture: str
     model: dict[str, Any]  # arguments of the separator but query_dim and interferer_query
     weights: Path | None = None  # a published checkpoint
-    weights_sha256: str | None = None
+    weights_sha256: Sha256 | None = None
     upstream: dict[str, Tensor] | None = None  # pretrained weights of its upstream; None: it has none
 
 

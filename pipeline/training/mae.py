@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.core.config import Params
+from pipeline.core.config import Params, Sha256
 from pipeline.core.devices import Precision, autocast
 from pipeline.evaluation.probing import ProbeParams
 from pipeline.mixtures.shards import ClipReader
@@ -55,7 +55,7 @@ class PretrainParams(Params):
     """Section `pretrain_mae:` of params.yaml."""
 
     weights: str | None
-    weights_sha256: str | None
+    weights_sha256: Sha256 | None
     weights_format: PublishedFormat
     model: ModelParams
     seed: int = Field(ge=0, lt=2**31)

@@ -37,7 +37,7 @@ class MixitParams(Params):
 
     seed: int = Field(ge=0, lt=2**31)
     loss: Objective
-    max_snr_db: float
+    max_snr_db: float = Field(gt=0, le=200)
     search: Search
     mom_snr_range: list[float] = Field(min_length=2, max_length=2)
     max_stems: int = Field(ge=1, le=64)

@@ -13,7 +13,6 @@ is not the sum of maxima.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.core.config import Params
+from pipeline.core.registry import Registry
 
 SAMPLE_RATE = 32000  # Hz, of what every upstream is given
 FRAME_RATE = 100  # Hz, of the STFT that features are aligned with
@@ -56,9 +56,8 @@ class Upstream(nn.Module):
         return []
 
 
-def names() -> list[str]:
-    """The upstreams there are."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+REGISTRY = Registry(__name__, __file__, "upstream")
+names = REGISTRY.names
 
 
 def check_sample_rate(sample_rate: int) -> None:
@@ -69,13 +68,13 @@ def check_sample_rate(sample_rate: int) -> None:
 
 def build(name: str, **config: Any) -> Upstream:
     """Build the Upstream of `pipeline/upstreams/<name>.py`; ValueError for a name that has no file."""
-    upstream: Upstream = _module(name).Upstream(**config)
+    upstream: Upstream = REGISTRY.module(name).Upstream(**config)
     return upstream
 
 
 def options(name: str) -> type[Params] | None:
     """Params class of its section `upstreams.<name>`; None if it has none."""
-    found: type[Params] | None = getattr(_module(name), "Options", None)
+    found: type[Params] | None = getattr(REGISTRY.module(name), "Options", None)
     return found
 
 
@@ -85,14 +84,8 @@ def read(name: str, options: Mapping[str, Any], pretrained: Path) -> tuple[dict[
     `options` are the upstream's own entry of params.yaml with what the separator asks of it; `pretrained` is the folder
     of stage pretrain_mae.
     """
-    config, state = _module(name).read(options, pretrained)
+    config, state = REGISTRY.module(name).read(options, pretrained)
     return config, state
-
-
-def _module(name: str) -> Any:
-    if name not in names():
-        raise ValueError(f"no upstream {name!r}; there are {names()}")
-    return import_module(f"{__name__}.{name}")
 
 
 def combine(

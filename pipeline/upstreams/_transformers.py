@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.core.config import Params, Size
+from pipeline.core.config import Params, Sha256, Size
 from pipeline.core.runtime import outside, read_json
-from pipeline.core.weights import read_tensors
+from pipeline.core.weights import check, read_tensors
 from pipeline.nn.fbank import SAMPLE_RATE as RATE_16K
 from pipeline.nn.fbank import to_16k
 
@@ -37,7 +37,8 @@ class Options(Params):
     """`upstreams.<name>:` in params.yaml of an encoder of the transformers library."""
 
     weights: str = Field(min_length=1)  # a folder, or "random"
-    sha256: str | None  # of the file with the weights; it must be said for a folder
+    sha256: Sha256 | None  # of the file with the weights; it must be said for a folder
+    config_sha256: Sha256 | None  # of its config.json, likewise
     config: dict[str, Size | list[Size]]  # the library's own, used for random weights
 
 
@@ -61,6 +62,18 @@ class TransformersUpstream(upstreams.Upstream):
         self.frames_per_step = stride / (RATE_16K / upstreams.FRAME_RATE)
         # The large HuBERT and WavLM norm what goes into a layer, and once what comes out of the last.
         self.norms_at_the_end = bool(getattr(full, "do_stable_layer_norm", False))
+
+    @classmethod
+    def known(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a config.json that the library's class has, but those that load code or choose an attention.
+
+        Published files have others, of older versions and of how they were saved.
+        """
+        import transformers
+
+        library: Any = getattr(transformers, f"{cls.library}Config")
+        known = {key for key in library().to_dict() if not key.startswith("_") and key != "auto_map"}
+        return {key: value for key, value in config.items() if key in known}
 
     @classmethod
     def build_model(cls, config: Mapping[str, Any]) -> nn.Module:
@@ -121,7 +134,8 @@ def read(
         raise FileNotFoundError(
             f"{folder}: no config.json; download the model into this folder, or say weights: random"
         )
-    config = read_json(folder / "config.json")
+    check(folder / "config.json", options["config_sha256"])
+    config = encoder.known(read_json(folder / "config.json"))
     preprocessor = folder / "preprocessor_config.json"
     if not preprocessor.is_file():
         raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says whether waveforms are normalised")

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import upstreams
-from pipeline.core.config import Params, Size
+from pipeline.core.config import Params, Sha256, Size
 from pipeline.core.devices import exact_float32
 from pipeline.core.weights import read_tensors
 from pipeline.nn.fbank import to_16k
@@ -28,7 +28,7 @@ class Options(Params):
     """Section `upstreams.dasheng:` of params.yaml."""
 
     weights: str = Field(min_length=1)  # a published .pt, or "random"
-    sha256: str | None
+    sha256: Sha256 | None
     config: dict[str, Size | list[Size]]  # embed_dim, depth, num_heads: of the file too (base: 768, 12, 12)
 
 

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from scipy.io import wavfile
 
 from pipeline.core import ontology
-from pipeline.evaluation.bootstrap import per_class_csv, summarise, wilcoxon_p
 from pipeline.evaluation.statistics import finite_mean
 from pipeline.reporting import charts, sounds, tables
 from pipeline.reporting.ablation_table import as_it_stands, read_ablations
@@ -30,6 +29,7 @@ from pipeline.reporting.sections import listening, table1
 from pipeline.reporting.sections.provenance import rerun
 from pipeline.reporting.sections.table1 import System
 from pipeline.reporting.sections.verdict import ONE_TRAINING
+from pipeline.reporting.summary import per_class_csv, summarise, wilcoxon_p
 from pipeline.stages.report import Places, Settings, main, report
 
 RATE = 32000

@@ -1,5 +1,6 @@
 """Every upstream keeps the contract: shapes, any length, honest times, whole groups, and no network."""
 
+import hashlib
 import json
 import socket
 
@@ -18,7 +19,7 @@ from tests.separators.test_mae_resunet import SETTINGS, UNET
 
 CONVOLUTIONS = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-SMALL = {"weights": "random", "sha256": None, "config": {**TRANSFORMER, **CONVOLUTIONS}}
+SMALL = {"weights": "random", "sha256": None, "config_sha256": None, "config": {**TRANSFORMER, **CONVOLUTIONS}}
 OPTIONS = {
     "mae": {"mae_input": "crop", "drop_path": 0.0},
     "mae_untrained": {"mae_input": "crop", "drop_path": 0.0},
@@ -239,7 +240,6 @@ def test_adapters_change_what_they_adapt(name, pretrained):
 @pytest.mark.parametrize(("name", "library"), [("hubert", "Hubert"), ("wavlm", "WavLM"), ("data2vec", "Data2VecAudio")])
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_a_downloaded_folder_gives_the_librarys_own_features(name, library, kind, tmp_path, pretrained):
-    import hashlib
 
     import transformers
 
@@ -256,11 +256,19 @@ def test_a_downloaded_folder_gives_the_librarys_own_features(name, library, kind
         for new, before in old.items():
             state = {n.replace(new, before): t for n, t in state.items()}
         torch.save({**state, "lm_head.weight": torch.zeros(3)}, tmp_path / kind)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "auto_map": {"AutoConfig": "evil.Config"}, "other": 1}))
+    options = {"weights": str(tmp_path)}
+    for key, file in (("sha256", kind), ("config_sha256", "config.json")):
+        options[key] = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
     with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
-        upstreams.read(name, {"weights": str(tmp_path), "sha256": None, "config": {}}, pretrained)
+        upstreams.read(name, {**options, "config": {}}, pretrained)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
-    options = {"weights": str(tmp_path), "sha256": hashlib.sha256((tmp_path / kind).read_bytes()).hexdigest()}
+    for sha256, message in ((None, "its sha256 is not known"), ("0" * 64, "has sha256 .*, not 0{64}")):
+        with pytest.raises(ValueError, match=rf"config\.json.* {message}"):
+            upstreams.read(name, {**options, "config_sha256": sha256, "config": {}}, pretrained)
     config, state = upstreams.read(name, {**options, "config": {}}, pretrained)
+    assert not {"auto_map", "other"} & set(config["config"])
     upstream = upstreams.build(name, **json.loads(json.dumps(config))).eval()
     upstream.load_state_dict(state)
     waveform = noise(32000)
@@ -290,7 +298,8 @@ def test_the_norm_behind_the_last_layer_of_large_models_is_used_and_learns(name,
 
 
 def test_a_folder_without_its_files_is_named(tmp_path, pretrained):
-    options = {"weights": str(tmp_path), "sha256": None, "config": {}}
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    options = {"weights": str(tmp_path), "sha256": None, "config_sha256": sha256, "config": {}}
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         upstreams.read("wavlm", options, pretrained)
     (tmp_path / "config.json").write_text("{}")

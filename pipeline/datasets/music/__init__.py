@@ -16,7 +16,6 @@ which brings them about under `root`: it does nothing when they are there, and c
 """
 
 import hashlib
-import importlib
 import itertools
 import os
 import re
@@ -25,9 +24,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Literal, get_args
 
+from pipeline.core.registry import Registry
 from pipeline.datasets import AUDIO_SUFFIXES
 
 NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
@@ -94,12 +93,8 @@ class Track:
                 raise ValueError(f"track {self.track_id!r}: {path!r} is not a path inside the root")
 
 
-def load(source: str) -> ModuleType:
-    """The source of this name. ValueError with the known ones for another."""
-    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    if source not in known:
-        raise ValueError(f"music.source: no source {source!r}; there are {known}")
-    return importlib.import_module(f"{__name__}.{source}")
+REGISTRY = Registry(__name__, __file__, "source")  # of music.source
+load = REGISTRY.module
 
 
 def tracks_of(source: str, root: Path, view: View = "all", counts: Counter[str] | None = None) -> list[Track]:

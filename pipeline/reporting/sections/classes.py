@@ -5,12 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.evaluation.bootstrap import per_class_csv
 from pipeline.reporting import charts
 from pipeline.reporting.headline import HALF_SDRI
 from pipeline.reporting.run import Run, class_names
 from pipeline.reporting.sections import Drawing, Metrics
 from pipeline.reporting.sections import Section as Base
+from pipeline.reporting.summary import per_class_csv
 
 
 @dataclass(frozen=True)

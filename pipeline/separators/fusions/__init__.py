@@ -17,13 +17,13 @@ its features enter, and says which `bodies` have these. Files whose features ent
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipeline.core.config import Params, Size
+from pipeline.core.registry import Registry, params_of
 from pipeline.separators import Batch
 from pipeline.upstreams import Repeat, align
 
@@ -99,27 +99,32 @@ class Fusion(nn.Module):
         return {}
 
 
-def names() -> list[str]:
-    """List the fusions: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+REGISTRY = Registry(__name__, __file__, "fusion")
+names = REGISTRY.names
+
+
+def options(name: str) -> type[Params]:
+    """Make the Params class of a fusion's `fusion_options`: the arguments of its constructor beside the sizes."""
+    constructor = REGISTRY.module(name).Fusion.__init__
+    return params_of(f"{name}.fusion_options", constructor, given=("sizes", "unet", "body"), size=Size)
 
 
 def reads_features(name: str) -> bool:
     """Say whether a fusion needs an upstream at all."""
-    reads: bool = import_module(f"{__name__}.{name}").Fusion.reads_features
+    reads: bool = REGISTRY.module(name).Fusion.reads_features
     return reads
 
 
 def bodies(name: str) -> Sequence[str]:
     """List the bodies that a fusion can join features to."""
-    found: Sequence[str] = import_module(f"{__name__}.{name}").Fusion.bodies
+    found: Sequence[str] = REGISTRY.module(name).Fusion.bodies
     return found
 
 
 def build(name: str, sizes: Sizes, body: nn.Module, options: Mapping[str, Any]) -> Fusion:
     """Build the Fusion of `pipeline/separators/fusions/<name>.py`; ValueError for an option that it does not have."""
     try:
-        fusion: Fusion = import_module(f"{__name__}.{name}").Fusion(sizes, body, **options)
+        fusion: Fusion = REGISTRY.module(name).Fusion(sizes, body, **options)
     except TypeError as error:
         raise ValueError(f"fusion_options of fusion {name!r}: {error}") from error
     return fusion

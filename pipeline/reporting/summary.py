@@ -4,7 +4,7 @@ Two aggregates, always named. Kong et al. (arXiv:2305.07447) report the mean ove
 *median* (`class_median_mean`, the headline here); the mean over classes of the per-class *mean* is
 `class_mean_mean`. Undefined (NaN) pairs are left out of their class, and counted.
 
-Intervals are those of statistics.py: over the recordings of the targets within each class and those of the
+Intervals are those of evaluation/statistics.py: over the recordings of the targets within each class and those of the
 interferers over all, the classes held fixed. All models and queries share each draw, so differences are paired by
 pair. What the interval does not cover: another training seed, and that a clip with two labels serves two classes.
 """
