@@ -130,10 +130,6 @@ def check_params(path: Path) -> dict[str, Any]:
     for name in document["upstreams"]:
         if (options := upstreams.options(name)) is not None:
             load_params(f"upstreams.{name}", options, path)
-    used = {entry["model"] for data in ("music", "anchors") for entry in document[f"mixit_{data}"].values()}
-    for name in document["mixit_models"]:
-        if (place := f"mixit_models.{name}") not in {*used, document["pretrain_performer"]["model"]}:
-            _check_unused(place, path)
     load_params("music.synthetic_stems", SyntheticStems, path)
     for data in ("music", "anchors"):
         for name in document[f"mixit_{data}"]:
@@ -141,6 +137,10 @@ def check_params(path: Path) -> dict[str, Any]:
                 read_entry(name, data, path)
     with _at("pretrain_performer", "model"):
         load_params(document["pretrain_performer"]["model"], model_params("performer"), path)
+    used = {entry["model"] for data in ("music", "anchors") for entry in document[f"mixit_{data}"].values()}
+    for name in document["mixit_models"]:
+        if (place := f"mixit_models.{name}") not in {*used, document["pretrain_performer"]["model"]}:
+            _check_unused(place, path)
     return document
 
 

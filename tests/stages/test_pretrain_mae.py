@@ -257,7 +257,8 @@ def test_the_probe_of_a_separator_tells_what_training_changed(run, clips, tmp_pa
     directory.mkdir()
     tensors = {n: t.contiguous() for n, t in separator.state_dict().items()}
     save_file(tensors, directory / "weights.safetensors")
-    (directory / "config.json").write_text(json.dumps({"architecture": "mae_resunet", "model": model}))
+    config = {"architecture": "mae_resunet", "model": model, "segment_samples": 64000}
+    (directory / "config.json").write_text(json.dumps(config))
     summary = probe(directory, out, *clips, audio=AUDIO, params=PROBE)
     if updated:
         assert summary["difference"]["mean_average_precision"] < 0
