@@ -69,7 +69,8 @@ def devices_of_estimates(model, bf16):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
             part = slice(320, 320 + 9920)
             found.append(network(there(2, SAMPLES), there(2, 8), part))
-            batch = Batch(there(2, SAMPLES), part, there(2, 9920), there(2, 8), there(2, 8))
+            given = there(2, dtype=torch.bool)
+            batch = Batch(there(2, SAMPLES), part, there(2, 9920), there(2, 8), there(2, 8), given)
             found += network.losses(batch, ["l1"]).values()
     with torch.inference_mode():
         shared = model.shared(there(2, SAMPLES))
