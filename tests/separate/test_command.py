@@ -1,6 +1,7 @@
 """The command on what it is given: forty bad inputs, odd good ones, models without queries, its flags."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -214,7 +215,9 @@ def test_an_output_that_is_a_file_is_refused(folder, tmp_path, capsys):
 def test_an_interruption_leaves_nothing_half_written(folder, tmp_path):
     sound(tmp_path / "x.wav", noise(2, 600 * RATE))
     args = [sys.executable, "-m", "pipeline.separate", tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out"]
-    running = subprocess.Popen([*args, "--class", "Dog"], stderr=subprocess.PIPE, text=True)
+    # A suite that runs in the background of a shell has SIGINT ignored, and its children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen([*args, "--class", "Dog"], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (tmp_path / "out/x").exists():  # the first block is at work
         assert running.poll() is None
         time.sleep(0.05)
