@@ -1,4 +1,4 @@
-"""An open file of sound, read as mono at any place, whoever decodes it. The only reader of recordings there is.
+"""An open file of sound, read at any place, whoever decodes it. The only reader of recordings there is.
 
 libsndfile decodes each of the file's parts (pipeline/audio/joined.py), and is never believed how long one is where it
 only guesses. What it does not know goes to the ffmpeg command, where there is one.
@@ -111,6 +111,19 @@ class Recording:
                 n += len(block)
         self.cancelled = mixer.cancelled
         return mono[start - at : min(n, start - at + frames)]
+
+    def blocks(self, frames: int) -> Iterator[Float32[np.ndarray, "channels time"]]:
+        """Read all of it with its channels, in pieces of at most as many frames."""
+        with _blaming():
+            self._decoder.seek(0)
+        while True:
+            with _blaming():
+                block, full_scale = self._decoder.read(frames)
+            if not len(block):
+                return
+            if block.shape[1] != self.channels:
+                raise BadClip("undecodable", f"recordings of {self.channels} and {block.shape[1]} channels in one file")
+            yield np.ascontiguousarray(block.T, np.float32) / np.float32(full_scale)
 
     def close(self) -> None:
         """Let go of files and processes."""
@@ -286,11 +299,19 @@ class _Parts(Decoder):
             shape, dtype = (frames, self._sound.channels), np.dtype(np.int16 if integers else np.float32)
             if self._buffer.dtype != dtype or self._buffer.shape[1] != shape[1] or len(self._buffer) < frames:
                 self._buffer = np.empty(shape, dtype)
-            wanted = self._buffer[:frames]
-            n = self._sound.buffer_read_into(wanted, dtype.name) if frames else 0
+            wanted = self._buffer[: min(frames, self._left(frames))]
+            n = self._sound.buffer_read_into(wanted, dtype.name) if len(wanted) else 0
             self._place += n
             if n or not frames or not self._open(self._at + 1):
                 return wanted[:n], 32768.0 if integers else 1.0
+
+    def _left(self, frames: int) -> int:
+        """How many of the next `frames` frames the open part may be asked for."""
+        assert self._sound is not None
+        left = int(self._sound.frames) - self._place
+        # libsndfile's FLAC decoder goes on into the next part's header, and gives up there.
+        ends_inside = self._sound.format == "FLAC" and left < frames and self._is_there(self._at + 1)
+        return max(0, left) if ends_inside else frames
 
     @property
     def frames(self) -> int:

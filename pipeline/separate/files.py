@@ -1,4 +1,4 @@
-"""Audio files in blocks: read any that libsndfile or PyAV decodes, write stems that appear whole or not at all."""
+"""Audio files in blocks: by the one reader, or PyAV where ffmpeg is missing; stems appear whole or not at all."""
 
 import os
 import tempfile
@@ -12,10 +12,13 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
-from pipeline.separate.targets import Unusable
+from pipeline import audio
+from pipeline.audio.badclip import BadClip
+from pipeline.separate.targets import Unusable, one_line
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mkv", ".aif", ".aiff", ".aac")
 BLOCK_FRAMES = 1 << 17
+CODEC_DELAY = 4 * 1152  # samples that a decoder of MP3 may leave out of those that are announced
 
 Format = Literal["int16", "int24", "float32", "flac", "mp3"]
 SUFFIX_OF: dict[Format, str] = {"int16": "wav", "int24": "wav", "float32": "wav", "flac": "flac", "mp3": "mp3"}
@@ -26,25 +29,24 @@ Block = Float[np.ndarray, "channels time"]
 
 @dataclass(frozen=True)
 class Recording:
-    """A readable audio file; `frames` is None where the file does not say how long it is."""
+    """A readable audio file; `frames` is None where only decoding it would say how long it is."""
 
     path: Path
     sample_rate: int
     channels: int
     frames: int | None
+    by_av: bool = False  # PyAV decodes it
 
     def blocks(self) -> Iterator[Block]:
-        """Decode it block by block, float32; Unusable where it cannot be decoded or is not finite."""
+        """Decode it block by block, float32; Unusable where it cannot be decoded, is cut off or is not finite."""
         done = 0
-        for block in _sndfile_blocks(self.path) if self.frames is not None else _av_blocks(self.path):
+        for block in (_av_blocks if self.by_av else _blocks)(self.path):
             if not np.isfinite(block).all():
                 raise Unusable(f"{self.path}: a sample near {done / self.sample_rate:.2f} s is not finite")
             done += block.shape[1]
             yield block
         if not done:
             raise Unusable(f"{self.path}: it holds no sound")
-        if self.frames is not None and done < self.frames:
-            raise Unusable(f"{self.path}: it is cut off after {done} of {self.frames} samples")
 
 
 def open_recording(path: Path) -> Recording:
@@ -62,12 +64,12 @@ def open_recording(path: Path) -> Recording:
     if size == 0:
         raise Unusable(f"{path}: it is empty")
     try:
-        info = soundfile.info(str(path))
-        if 0 < info.frames < 1 << 40 and path.suffix.lower() != ".mp3":
-            return Recording(path, info.samplerate, info.channels, info.frames)
-    except (soundfile.LibsndfileError, RuntimeError):
-        pass  # PyAV is asked
-    return _open_av(path)
+        with audio.open_recording(path.resolve()) as file:
+            return Recording(path, file.rate, file.channels, None if file.by_ffmpeg else file.frames)
+    except BadClip as bad:
+        if bad.reason == "unsupported_container":  # there is no ffmpeg
+            return _open_av(path)
+        raise _unusable(path, bad) from bad
 
 
 def find_recordings(paths: list[Path]) -> list[Path]:
@@ -121,7 +123,7 @@ class StemWriter:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             if isinstance(error, soundfile.LibsndfileError | TypeError | ValueError):
-                raise Unusable(f"{self.path}: {_reason(error)}") from error
+                raise Unusable(f"{self.path}: {one_line(error)}") from error
             raise
         finally:
             self.close()
@@ -148,13 +150,23 @@ def _format(kind: Format) -> str:
     return {"flac": "FLAC", "mp3": "MP3"}.get(kind, "WAV")
 
 
-def _sndfile_blocks(path: Path) -> Iterator[Block]:
+def _blocks(path: Path) -> Iterator[Block]:
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                yield np.ascontiguousarray(block.T)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise Unusable(f"{path}: {_reason(error)}") from error
+        with audio.open_recording(path.resolve()) as file:
+            done = 0
+            for block in file.blocks(BLOCK_FRAMES):
+                done += block.shape[1]
+                yield block
+            promised = file.promised()
+    except BadClip as bad:
+        raise _unusable(path, bad) from bad
+    spare = CODEC_DELAY if path.suffix.lower() == ".mp3" else 0
+    if done + spare < promised < np.inf:
+        raise Unusable(f"{path}: it is cut off after {done} of {promised:.0f} samples")
+
+
+def _unusable(path: Path, bad: BadClip) -> Unusable:
+    return Unusable(f"{path}: {str(bad).replace('_', ' ')}")
 
 
 def _open_av(path: Path) -> Recording:
@@ -171,7 +183,7 @@ def _open_av(path: Path) -> Recording:
     except (av.error.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, Unusable):
             raise
-        raise Unusable(f"{path}: it is no audio file that can be read ({_reason(error)})") from error
+        raise Unusable(f"{path}: it is no audio file that can be read ({one_line(error)})") from error
     if not rate or not channels:
         raise Unusable(f"{path}: it states no sample rate or no channels")
     return Recording(path, rate, channels, None)
@@ -194,10 +206,4 @@ def _av_blocks(path: Path) -> Iterator[Block]:
     except (av.error.FFmpegError, ValueError) as error:
         if isinstance(error, Unusable):
             raise
-        raise Unusable(f"{path}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise Unusable(f"{path}: {one_line(error)}") from error

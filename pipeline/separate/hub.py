@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import separators
 from pipeline.core.runtime import write_atomic, write_json
 from pipeline.core.weights import write_safetensors
-from pipeline.separate.targets import Unusable
+from pipeline.separate.targets import Unusable, one_line
 from pipeline.training.portable import DETECTOR, ENCODER, QUERIES
 
 ROOT = Path(__file__).parents[2]
@@ -169,8 +169,3 @@ def _repository(name: str, download: bool, revision: str | None, token: str | No
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         hint = "" if download else "; download=True fetches it"
         raise Unusable(f"{name} is neither a folder nor a repository in the local cache{hint}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Take the first line of an error's text, or its type where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -20,7 +20,7 @@ from pipeline.nn import panns
 from pipeline.nn.features import SAMPLE_RATE
 from pipeline.separate import hub
 from pipeline.separate.stream import RATIO_HOP, Blocks, Stereo, Stream, down_mix
-from pipeline.separate.targets import SoundClass, Unusable, find_class, group_by_level
+from pipeline.separate.targets import SoundClass, Unusable, find_class, group_by_level, one_line
 from pipeline.separators import BlindSeparator, QuerySeparator
 from pipeline.training.portable import DETECTOR, ENCODER, QUERIES, felt_seconds
 
@@ -85,7 +85,7 @@ class Separator:
             self.device = choose_device(device)
             self.network = network.to(self.device)
         except (ValueError, RuntimeError) as error:
-            raise Unusable(f"device {device}: {hub.one_line(error)}") from error
+            raise Unusable(f"device {device}: {one_line(error)}") from error
         use_precision(precision)
         self.takes_queries = isinstance(network, QuerySeparator)
         self.sample_rate = int(self.config["sample_rate"])
@@ -149,7 +149,7 @@ class Separator:
         """Average the embeddings of example recordings (channels, time)."""
         queries = []
         for audio in examples:
-            mono = np.ascontiguousarray(np.asarray(audio, np.float32).mean(axis=0))
+            mono = down_mix(torch.from_numpy(np.ascontiguousarray(audio, np.float32))[None])[0].numpy()
             mono = mono if sample_rate == SAMPLE_RATE else soxr.resample(mono, sample_rate, SAMPLE_RATE)
             with torch.inference_mode():
                 queries.append(self.encoder.embed(torch.from_numpy(mono)[None].to(self.device))[0].float().cpu())
@@ -258,8 +258,7 @@ class Separator:
         """Make the function that separates mixtures (rows, time) into (rows, targets, time)."""
         network, n_targets = self.network, len(queries)
         assert isinstance(network, QuerySeparator)
-        if without is not None and not network.takes_interferer:
-            raise Unusable(f"{self.folder} takes no query of what is not wanted")
+        self._check_without(without is not None)
         with torch.inference_mode():
             queries = queries.to(self.device)
             other = None if without is None else without.to(self.device).expand_as(queries)
@@ -332,8 +331,13 @@ class Separator:
         return Stems(dict(zip(names, estimates, strict=True)), residual, sample_rate, detected)
 
     def query_without(self, classes: Sequence[str | int]) -> Query | None:
-        """Average the queries of classes that are not wanted; None for none."""
+        """Average the queries of classes that are not wanted; None for none. Unusable where the model takes none."""
+        self._check_without(bool(classes))
         return torch.stack([self.query(one)[1] for one in classes]).mean(dim=0) if classes else None
+
+    def _check_without(self, asked: bool) -> None:
+        if asked and isinstance(self.network, QuerySeparator) and not self.network.takes_interferer:
+            raise Unusable(f"{self.folder} takes no query of what is not wanted")
 
     def ranked_names(self, stems: Iterable[Iterable[Audio]], sample_rate: int) -> list[str]:
         """Name stems, each given in blocks, by their rank and what the detector, if there is one, is surest of."""

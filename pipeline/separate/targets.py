@@ -11,6 +11,13 @@ class Unusable(ValueError):
     """A file, a target or a model that cannot be used; the message is one line that says why."""
 
 
+def one_line(error: BaseException) -> str:
+    """Take the reason that the system gives, or the first line of an error's text, or its type where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
 @dataclass(frozen=True)
 class SoundClass:
     """A class that a separator was trained on."""

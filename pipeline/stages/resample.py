@@ -27,7 +27,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -162,7 +162,13 @@ def sounds_of(clips: Path | None) -> Mapping[str, str]:
     """The clip id of each SHA-256 of samples in a directory of clips; none without one."""
     if clips is None:
         return {}
-    return {row["sha256"]: row["clip_id"] for row in read_rows(clips / "manifest.csv") if row["status"] == "ok"}
+    manifest = clips / "manifest.csv"
+    return _sounds_in(manifest, manifest.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # for the next part of this process
+def _sounds_in(manifest: Path, mtime_ns: int) -> Mapping[str, str]:
+    return {row["sha256"]: row["clip_id"] for row in read_rows(manifest) if row["status"] == "ok"}
 
 
 def resample_part(

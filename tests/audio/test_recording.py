@@ -80,6 +80,7 @@ def whole_files():
         "mpeg2.mp3": (without_count(mp3_low), 16_000),
         "zeros.mp3": (bytes(417) + mp3, RATE),
         "tags.mp3": (b"ID3\4\0\0\0\0\1\0" + bytes(128) + mp3 + b"TAG" + bytes(125), RATE),
+        "plain.flac": (encoded(sound, "FLAC"), RATE),
         "total_0.flac": (without_total(encoded(sound, "FLAC")), RATE),
         "plain.ogg": (encoded(sound, "OGG", subtype="VORBIS"), RATE),
         "plain.opus": (encoded(steps(48_000), "OGG", 48_000, subtype="OPUS"), 48_000),
@@ -150,7 +151,9 @@ def test_a_rest_of_less_than_a_second_is_no_clip_and_an_end_that_lacks_is_no_sil
         next(pieces)
 
 
-@pytest.mark.parametrize("name", ["uncounted.mp3", "zeros.mp3", "plain.ogg", "plain.opus", "total_0.flac", "tags.mp3"])
+@pytest.mark.parametrize(
+    "name", ["uncounted.mp3", "zeros.mp3", "plain.ogg", "plain.opus", "plain.flac", "total_0.flac", "tags.mp3"]
+)
 def test_joined_recordings_are_one_sound(tmp_path, name):
     content, rate = whole_files()[name]
     path = tmp_path / name
@@ -163,6 +166,18 @@ def test_joined_recordings_are_one_sound(tmp_path, name):
     segment = read(path, 18.0, 21.0)
     assert segment.notes == ("cut",)
     assert np.allclose(pitches(segment.waveform, rate), [900, 1000, 1100], atol=60)
+
+
+def test_joined_recordings_keep_their_channels_in_blocks(tmp_path):
+    path = tmp_path / "a.flac"
+    both = [np.stack([steps(), -steps()], axis=1), steps()]
+    path.write_bytes(2 * encoded(both[0], "FLAC"))
+    with audio.open_recording(path) as recording:
+        whole = np.concatenate(list(recording.blocks(1 << 17)), axis=1)
+    np.testing.assert_allclose(whole.T, np.concatenate(2 * [both[0]]), atol=1e-4)
+    path.write_bytes(encoded(both[0], "FLAC") + encoded(both[1], "FLAC"))
+    with audio.open_recording(path) as recording, pytest.raises(BadClip, match="2 and 1 channels"):
+        list(recording.blocks(1 << 17))
 
 
 def test_joined_recordings_of_two_rates_are_no_clip(tmp_path):

@@ -1,5 +1,6 @@
 """The stage train_separator, on tones: it learns, resumes to the same bytes, and takes published weights unchanged."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -60,8 +61,9 @@ def run(anchors, out, plan=PLAN, **changes):
 
 
 def trained(root):
-    """The folder of a separator after a short training."""
-    run(write_anchors(root / "anchors" / "train", 4), root / "separator")
+    """The folder of a separator after a short training, whose scratch is there too: other modules train the same."""
+    with contextlib.chdir(root):
+        run(write_anchors(root / "anchors" / "train", 4), root / "separator")
     return root / "separator"
 
 

@@ -15,10 +15,9 @@ All but `read` and `metrics` are given `metrics`, the numbers of all sections.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pipeline.core.registry import Registry
 from pipeline.reporting.run import Run
 
 D = TypeVar("D")
@@ -66,8 +65,10 @@ class Section(Generic[D]):
         return {}
 
 
+REGISTRY = Registry(__name__, __file__, "section")
+
+
 def load_sections() -> dict[str, Section[Any]]:
     """One of each section by the name of its file, in the order of the page."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    sections = {name: import_module(f"{__name__}.{name}").Section() for name in names}
+    sections = {name: REGISTRY.module(name).Section() for name in REGISTRY.names()}
     return dict(sorted(sections.items(), key=lambda item: item[1].place))
