@@ -46,7 +46,7 @@ from pipeline.separators import build_blind
 from pipeline.training import mixit
 from pipeline.training.loop import Fitted, Validation, fit, write_curve
 from pipeline.training.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
-from pipeline.training.portable import equip_blind
+from pipeline.training.portable import DETECTOR, check_networks, equip_blind
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +251,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
     args = parser.parse_args()
+    if args.sed is not None:
+        check_networks(args.sed, DETECTOR)
     entry = mixit.read_entry(args.name, args.data)
     params = load_params("mixit", MixitParams)
     music = load_params("music", MusicParams) if args.data == "music" else None

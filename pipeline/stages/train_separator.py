@@ -53,7 +53,7 @@ from pipeline.mixtures.pairs import PairStream
 from pipeline.nn.losses import SEPARATION
 from pipeline.separators import Batch, QuerySeparator, body_of, build, model_params, read_published
 from pipeline.training.loop import Optimizer, build_optimizer, fit, learning_rate_factor, write_curve
-from pipeline.training.portable import equip
+from pipeline.training.portable import DETECTOR, check_networks, equip
 
 log = logging.getLogger(__name__)
 
@@ -373,6 +373,7 @@ def main() -> None:
     args = parser.parse_args()
     params = read_train(args.name, args.section)
     pairs = load_params("pairs", PairsParams)
+    check_networks(args.sed, "query", DETECTOR)
     found = plan(args.name, args.section, args.pretrained)
     with running(f"train_separator@{args.name}", args.out) as told:
         config = train_separator(

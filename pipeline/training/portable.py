@@ -18,6 +18,13 @@ MAX_COPY_BYTES = 64 * 2**20  # PANNs' checkpoints (320 MB) are named by their ha
 QUERIES, ENCODER, DETECTOR = "queries.safetensors", "query_encoder", "detector"
 
 
+def check_networks(sed: Path, *parts: str) -> None:
+    """FileNotFoundError, before a training that would want them in the end, where networks of stage sed are missing."""
+    for part in parts:
+        if not (sed / part / "weights.safetensors").is_file():
+            raise FileNotFoundError(f"{sed / part} has no weights.safetensors: stage sed writes them")
+
+
 def equip(folder: Path, network: QuerySeparator, anchors: Path, sed: Path) -> dict[str, Any]:
     """Write average queries and copies of stage sed's networks into `folder`; return the keys for its config.json."""
     index = AnchorIndex.load(anchors)

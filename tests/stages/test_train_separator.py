@@ -212,13 +212,21 @@ separators: {tiny: {architecture: resunet, weights: null, weights_sha256: null, 
 """
 
 
-def start(anchors, directory):
+def start(anchors, directory, sed=None):
     directory.mkdir(exist_ok=True)
     (directory / "params.yaml").write_text(PARAMS_YAML)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(directory)}
     command = [sys.executable, "-m", "pipeline.stages.train_separator", "tiny", "--anchors", str(anchors)]
-    command += ["--sed", str(write_sed(anchors.parent / "sed")), "--out", "out", "--curve", "curve.csv"]
+    command += ["--sed", str(sed or write_sed(anchors.parent / "sed")), "--out", "out", "--curve", "curve.csv"]
     return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_networks_that_are_not_there_are_named_before_the_training(anchors, tmp_path):
+    process = start(anchors, tmp_path / "run", sed=tmp_path / "nowhere")
+    error = process.communicate()[1]
+    assert process.returncode == 2
+    assert error.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere/query'} has no weights.safetensors")
+    assert not list((tmp_path / "run").rglob("checkpoint.pt"))
 
 
 @pytest.mark.slow
