@@ -75,12 +75,14 @@ def linear_probe(
     train_labels: Bool[np.ndarray, "train classes"],
     eval_features: Float[np.ndarray, "eval dim"],
     eval_labels: Bool[np.ndarray, "eval classes"],
+    recordings: Sequence[str],
     params: ProbeParams,
 ) -> Probe:
     """Fit one logistic regression per class on standardised features; the mean of their average precisions on eval.
 
     Classes without a positive or a negative in train, or without a positive in eval, do not count: ValueError if none
-    does. The interval is that of a bootstrap over the eval clips, the same resamples for every encoder.
+    does. The interval is that of a bootstrap over the eval clips' `recordings`, whose clips come and go together, the
+    same resamples for every encoder.
     """
     usable = [
         j
@@ -99,9 +101,11 @@ def linear_probe(
         axis=1,
     )
     truth = eval_labels[:, usable]
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(len(truth), size=len(truth)) for _ in range(params.bootstrap_resamples)]
-    counts = np.stack([np.ones(len(truth), int), *(np.bincount(rows, minlength=len(truth)) for rows in drawn)])
+    names, member = np.unique(np.asarray(recordings, str), return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=params.bootstrap_resamples
+    )
+    counts = np.concatenate([np.ones((1, len(truth)), int), drawn[:, member]])
     found = np.nanmean([average_precision(truth[:, k], scores[:, k], counts) for k in range(len(usable))], axis=0)
     low, high = np.quantile(found[1:], [0.025, 0.975])
     return Probe(float(found[0]), float(low), float(high), found[1:])
@@ -138,13 +142,16 @@ def probe_upstreams(
 ) -> list[Probe]:
     """One probe per encoder, on the same clips, classes and resamples."""
     known = sorted(class_indices(train) & class_indices(evaluation))
+    recordings = [clip.recording for clip in evaluation.clips.values()]
     found = []
     for upstream in upstreams:
         both = [
             clip_features(upstream, clips, clip_samples=clip_samples, batch_size=params.batch_size, device=device)
             for clips in (train, evaluation)
         ]
-        found.append(linear_probe(both[0], labels(train, known), both[1], labels(evaluation, known), params))
+        found.append(
+            linear_probe(both[0], labels(train, known), both[1], labels(evaluation, known), recordings, params)
+        )
     return found
 
 

@@ -224,7 +224,8 @@ class Separator:
     ) -> Stream:
         """Open a stream that separates what is pushed into it, one stem per query, or all that a model without gives.
 
-        without   query of what is not wanted, for a model that takes one; Unusable for others
+        without   query of what is not wanted, for a model that takes one; Unusable for others. Such a model is also
+                  given, for each target, what the others are
         shifts    estimates of the recording at so many places of the network's grid are averaged: as many times slower
         """
         if isinstance(self.network, BlindSeparator):
@@ -261,8 +262,12 @@ class Separator:
         self._check_without(without is not None)
         with torch.inference_mode():
             queries = queries.to(self.device)
-            other = None if without is None else without.to(self.device).expand_as(queries)
-            queries = network.joint_query(queries, other)
+            unwanted = [] if without is None else [without.to(self.device)]
+            others = [[*queries[:k], *queries[k + 1 :], *unwanted] for k in range(n_targets)]
+            known = network.takes_interferer and bool(others[0])
+            queries = network.joint_query(
+                queries, torch.stack([torch.stack(q).mean(0) for q in others]) if known else None
+            )
         at_once = GPU_BATCH if self.device.type == "cuda" else CPU_BATCH
 
         def separated(mono: Float[Tensor, "rows time"]) -> Float[Tensor, "rows targets time"]:
@@ -295,7 +300,7 @@ class Separator:
                   loudest first
         without   classes that are not wanted
 
-        The stems and the residual add up to the input. Unusable for an unknown class and for samples that are not
+        A model that takes queries of what is not wanted is also given, for each target, what the others are. The stems and the residual add up to the input. Unusable for an unknown class and for samples that are not
         finite.
         """
         audio = np.atleast_2d(np.asarray(waveform, np.float32))

@@ -14,7 +14,7 @@ def data(information, n=120, dim=16, seed=0):
     labels = rng.random((n, 3)) < 0.3
     features = rng.standard_normal((n, dim))
     features[:, :3] += information * labels
-    return features[: n // 2], labels[: n // 2], features[n // 2 :], labels[n // 2 :]
+    return features[: n // 2], labels[: n // 2], features[n // 2 :], labels[n // 2 :], [str(i) for i in range(n // 2)]
 
 
 def test_informative_features_score_higher_than_noise_and_the_interval_says_so():
@@ -33,14 +33,24 @@ def test_the_same_features_give_the_same_number():
     assert difference(one, two) == {"mean_average_precision": 0.0, "ci_lo": 0.0, "ci_hi": 0.0}
 
 
+def test_clips_of_one_recording_are_drawn_together():
+    """Four copies of every clip say nothing new: over clips, the interval would be half as wide."""
+    x, labels, y, truth, names = data(1.0, n=240)
+    params = PARAMS.model_copy(update={"bootstrap_resamples": 1000})
+    once = linear_probe(x, labels, y, truth, names, params)
+    copied = linear_probe(x, labels, np.tile(y, (4, 1)), np.tile(truth, (4, 1)), names * 4, params)
+    assert copied.mean_average_precision == pytest.approx(once.mean_average_precision, abs=1e-9)
+    assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=1e-6)
+
+
 def test_classes_that_cannot_be_learnt_do_not_count():
-    x, labels, y, truth = data(3.0)
+    x, labels, y, truth, names = data(3.0)
     labels, truth = labels.copy(), truth.copy()
     labels[:, 0] = False
-    without = linear_probe(x, labels[:, 1:], y, truth[:, 1:], PARAMS)
-    assert linear_probe(x, labels, y, truth, PARAMS).mean_average_precision == without.mean_average_precision
+    without = linear_probe(x, labels[:, 1:], y, truth[:, 1:], names, PARAMS)
+    assert linear_probe(x, labels, y, truth, names, PARAMS).mean_average_precision == without.mean_average_precision
     with pytest.raises(ValueError, match="nothing to probe"):
-        linear_probe(x, np.zeros_like(labels), y, truth, PARAMS)
+        linear_probe(x, np.zeros_like(labels), y, truth, names, PARAMS)
 
 
 def test_average_precision_of_resamples_is_that_of_scikit_learn():

@@ -208,22 +208,41 @@ def test_a_target_alone_is_what_it_is_among_others(body):
     np.testing.assert_allclose(together["1"], alone["1"], rtol=0, atol=1e-5)
 
 
-def test_what_is_not_wanted_changes_the_estimate_of_a_model_that_takes_it():
+@pytest.fixture(scope="module")
+def told():
+    """A ResUNet that may be given what else sounds."""
     torch.manual_seed(0)
     model = MODEL | {"query_dim": 8, "interferer_query": True}
     network = separators.build("resunet", **model).eval()
     network.segment_samples = 2 * RATE
     config = {"architecture": "resunet", "model": model, "sample_rate": RATE, "context_seconds": 1.0}
-    separator = Separator(Path("it"), config, network, device="cpu", precision="fp32")
+    return Separator(Path("it"), config, network, device="cpu", precision="fp32")
+
+
+def estimate(separator, audio, query, other):
+    with torch.inference_mode():
+        joint = separator.network.joint_query(query[None], None if other is None else other[None])
+        return separator.network(torch.from_numpy(audio), joint)[0].numpy()
+
+
+def test_what_is_not_wanted_changes_the_estimate_of_a_model_that_takes_it(told):
     audio, query, other = noise(1, RATE), torch.rand(8), torch.rand(8)
     found = []
     for without in (None, other):
-        stream = separator.stream(query[None], without=without, channels=1, sample_rate=RATE)
+        stream = told.stream(query[None], without=without, channels=1, sample_rate=RATE)
         found.append(np.concatenate([stream.push(audio), stream.flush()], axis=2)[0, 0])
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(audio), network.joint_query(query[None], other[None]))[0].numpy()
-    np.testing.assert_allclose(found[1], expected, atol=1e-6)
+    np.testing.assert_allclose(found[1], estimate(told, audio, query, other), atol=1e-6)
     assert np.abs(found[1] - found[0]).max() > 1e-4
+
+
+def test_targets_asked_for_together_are_what_the_others_are_not(told):
+    """A model that takes it is given, for each target, the mean of the others and of what is not wanted."""
+    audio, queries = noise(1, RATE), {name: torch.rand(8) for name in "abc"}
+    stems = told.separate(audio, RATE, queries)
+    others = (queries["b"] + queries["c"]) / 2
+    np.testing.assert_allclose(stems["a"][0], estimate(told, audio, queries["a"], others), atol=1e-5)
+    alone = told.separate(audio, RATE, {"a": queries["a"]})
+    np.testing.assert_allclose(alone["a"][0], estimate(told, audio, queries["a"], None), atol=1e-5)
 
 
 def test_a_change_is_felt_as_far_as_a_filter_reaches(monkeypatch):
