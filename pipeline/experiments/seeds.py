@@ -20,7 +20,8 @@ the runs, by as much as they differ by more than by the noise of their pairs, wi
 simulations 3 and 5 seeds hold the truth in 94 to 97 % of studies, 2 in 93 to 98 %. With one seed the interval is over
 recordings only, and labelled so.
 
-A model that lacks a seed is compared on the seeds it shares.
+A model that lacks a seed is compared on the seeds it shares. One that takes what else sounds as a second query has a
+row without it and one with it, <model>+interferer.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from pipeline.evaluation.statistics import AGGREGATES, Design, Statistic, finite
 from pipeline.experiments.ablations import Ablation, check_same_but, finished, params_of, run
 from pipeline.reporting.kept import PARAMS, keep, read_kept
 from pipeline.reporting.run import baseline as first_separator
-from pipeline.reporting.scores import AVERAGE, RECORDINGS, SAME, TOLERANCE_DB, read_scores
+from pipeline.reporting.scores import AVERAGE, RECORDINGS, SAME, TOLERANCE_DB, WITH_INTERFERER, read_scores
 from pipeline.reporting.tables import MINUS, Row, Table, db, words
 
 log = logging.getLogger(__name__)
@@ -211,7 +212,10 @@ def check_same_pairs(runs: Runs) -> None:
 
 
 def read_run(scores: Path) -> dict[str, pd.DataFrame]:
-    """All models of one run, by name: scores/<model>/scores.parquet, the rows of the average query by pair."""
+    """All models of one run, by name: scores/<model>/scores.parquet, the rows of the average query by pair.
+
+    A model that was also given what else sounds is there twice, the second time as <model>+interferer.
+    """
     models = sorted(path.parent.name for path in scores.glob("[!.]*/scores.parquet"))
     if not models:
         raise ValueError(f"no <model>/scores.parquet in {scores}")
@@ -221,6 +225,9 @@ def read_run(scores: Path) -> dict[str, pd.DataFrame]:
         tables[model] = table[table["query"] == AVERAGE].reset_index(drop=True)
         if tables[model].empty:
             raise ValueError(f"{scores / model / 'scores.parquet'} has no rows of the {AVERAGE} query")
+        given = table[table["query"] == WITH_INTERFERER].reset_index(drop=True)
+        if not given.empty:
+            tables[f"{model}+interferer"] = given
     return tables
 
 

@@ -231,6 +231,17 @@ def test_other_pairs_are_an_error_that_names_run_and_model():
         summarise({}, n_resamples=10, seed=0, baseline="resunet")
 
 
+def test_a_model_that_was_also_given_what_else_sounds_has_a_row_of_each(tmp_path):
+    path = tmp_path / "0" / "bandsplit" / "scores.parquet"
+    path.parent.mkdir(parents=True)
+    alone, given = make_scores(5.0), make_scores(6.0, query="average+interferer")
+    pd.concat([alone, given]).to_parquet(path, index=False)
+    runs = from_folders([tmp_path / "0"])
+    assert list(runs[0]) == ["bandsplit", "bandsplit+interferer"]
+    difference = Comparison(runs, n_resamples=50, seed=0).difference("bandsplit+interferer", "bandsplit")
+    assert difference.numbers["sdri_class_mean_mean"].mean == pytest.approx(1.0)
+
+
 def test_folders_are_named_by_their_seed(tmp_path):
     folders = save(make_runs(n_seeds=2), tmp_path)
     runs = from_folders(folders[::-1])
