@@ -300,8 +300,8 @@ class Separator:
                   loudest first
         without   classes that are not wanted
 
-        A model that takes queries of what is not wanted is also given, for each target, what the others are. The stems and the residual add up to the input. Unusable for an unknown class and for samples that are not
-        finite.
+        A model that takes queries of what is not wanted is also given, for each target, what the others are. The stems
+        and the residual add up to the input. Unusable for an unknown class and for samples that are not finite.
         """
         audio = np.atleast_2d(np.asarray(waveform, np.float32))
         if not np.isfinite(audio).all():

@@ -82,7 +82,7 @@ class Frame(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """A bidirectional LSTM over time, the same for every band."""
+    """A bidirectional LSTM over time, the same for every band; on a CPU in float32, for few have one in bfloat16."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -92,8 +92,10 @@ class Recurrence(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch frames bands width"]) -> Float[Tensor, "batch frames bands width"]:
         """Change each token by what its band has before and after."""
-        by_band = x.transpose(1, 2)
-        h = self.leave(self.lstm(by_band.flatten(0, 1))[0])
+        by_band = x.transpose(1, 2).to(self.lstm.weight_hh_l0.dtype)
+        with torch.autocast("cpu", enabled=False):
+            found = self.lstm(by_band.flatten(0, 1))[0]
+        h = self.leave(found)
         return h.unflatten(0, by_band.shape[:2]).transpose(1, 2)
 
 

@@ -64,7 +64,8 @@ def test_the_query_encoder_gives_the_published_embedding(query_encoder):
         query = query_encoder.embed(golden["input"])
         assert query_encoder.embed(golden["input"][:, :100]).isfinite().all()
     assert query.shape == (1, query_encoder.query_dim) == (1, 2048)
-    torch.testing.assert_close(query, golden["embedding"], rtol=1e-4, atol=1e-5)
+    # Sums of thousands of products differ by 1e-5 between processors.
+    torch.testing.assert_close(query, golden["embedding"], rtol=1e-4, atol=1e-4)
 
 
 def test_an_upstream_hears_what_the_published_query_is_made_of(query_encoder, tmp_path):

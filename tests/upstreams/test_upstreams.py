@@ -277,7 +277,7 @@ def test_a_downloaded_folder_gives_the_librarys_own_features(name, library, kind
     with torch.inference_mode():
         expected = theirs(low, output_hidden_states=True).hidden_states[1:]
         for ours, their in zip(upstream.hidden(waveform), expected, strict=True):
-            torch.testing.assert_close(ours, their, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours, their, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["hubert", "wavlm"])

@@ -55,7 +55,8 @@ epochs.{% endif %}
 {{ "%.3f" | format(pretraining.loss_of_mean_patch) }}.{% endif %}</p>
 {{ probes.html }}
 <p class="muted">A linear probe predicts the class labels from the encoder's features. A negative difference after
-training with a separator is what the encoder forgot of the labels. Brackets: 95 % interval over the eval recordings.</p>
+training with a separator is what the encoder forgot of the labels. Brackets: 95 % interval over the eval
+recordings.</p>
 {% if pictures %}
 <h3>Hidden patches, predicted</h3>
 {% for picture in pictures %}<div class="panels">{% for name, uri in picture.images %}
