@@ -43,7 +43,7 @@ format: $(READY)  ## ruff, writing
 	ruff format .
 
 benchmarks: $(READY)  ## each prints ratios measured in one run
-	for b in resample mining training_step side_by_side linear istft mae upstream_step mixit "mixit --seconds 10" favor "favor --encoder" "evaluation --pairs 1000" pairs; do python -m benchmarks.$$b || exit 1; done
+	for b in resample mining training_step side_by_side linear istft mae upstream_step mixit "mixit --seconds 10" favor "favor --encoder" "evaluation --pairs 1000" pairs scale; do python -m benchmarks.$$b || exit 1; done
 
 # Debian's python3 without python3-venv has no ensurepip: then pip is put in from outside. By its full path, since the
 # python3 that PATH finds is the new .venv's as soon as there is one.
