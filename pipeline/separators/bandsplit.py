@@ -92,7 +92,7 @@ class Recurrence(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch frames bands width"]) -> Float[Tensor, "batch frames bands width"]:
         """Change each token by what its band has before and after."""
-        by_band = x.transpose(1, 2).to(self.lstm.weight_hh_l0.dtype)
+        by_band = x.transpose(1, 2).to(self.leave.weight.dtype)
         with torch.autocast("cpu", enabled=False):
             found = self.lstm(by_band.flatten(0, 1))[0]
         h = self.leave(found)
