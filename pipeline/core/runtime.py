@@ -475,8 +475,9 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     """Run a stage: logging on, alone on `out`, ended by SIGTERM or its parent's death as by an exception.
 
     Raises AlreadyRunning, naming the other process, when another one works on `out`. Writes what the stage took to
-    data/timings/<stage>.json once it has succeeded: seconds, the peak memory of this process and of its largest child
-    in bytes, the threads that it might use, and what the stage adds to the mapping that it is given.
+    data/timings/<stage>.json once it has succeeded: seconds by the clock and of processors (its ended children's too),
+    the peak memory of this process and of its largest child in bytes, the threads that it might use, and what the stage
+    adds to the mapping that it is given.
     """
     _check_name(stage)
     told: dict[str, float] = {}
@@ -487,7 +488,7 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     before = set(_held)
     lock = locks / f"{Path(out).name}-{where}.lock"
     _acquire(lock, f"another process that writes {out}")
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), _cpu_seconds()
     try:
         with _ended_by_signals(), writing(out):
             yield told
@@ -501,12 +502,18 @@ def running(stage: str, out: Path) -> Iterator[dict[str, float]]:
     )
     timing = {
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(_cpu_seconds() - cpu_start, 3),
         "peak_rss_bytes": peak,
         "peak_rss_child_bytes": peak_child,
         "threads": thread_count(),
     }
     write_json(Path("data") / "timings" / f"{stage}.json", timing | told)
     logger.info("%s: %.1f s, %.0f MB", stage, seconds, peak / 1e6)
+
+
+def _cpu_seconds() -> float:
+    taken = os.times()
+    return taken.user + taken.system + taken.children_user + taken.children_system
 
 
 @contextmanager

@@ -362,10 +362,18 @@ def test_a_stage_that_succeeds_leaves_what_it_took(workspace: Path) -> None:
         time.sleep(0.1)
     timing = json.loads(Path("data/timings/one.json").read_text())
     assert 0.1 <= timing["seconds"] < 5
+    assert 0 <= timing["cpu_seconds"] < 0.1  # it slept
     assert 2e7 < timing["peak_rss_bytes"] < 1e11
     with pytest.raises(RuntimeError, match="no"), running("two", Path("out")):
         raise RuntimeError("no")
     assert os.listdir("data/timings") == ["one.json"]
+
+
+def test_the_time_of_processors_is_that_of_its_ended_children_too(workspace: Path) -> None:
+    spin = "import time\nwhile time.process_time() < 0.3: pass"
+    with running("one", Path("out")):
+        subprocess.run([sys.executable, "-c", spin], check=True)
+    assert json.loads(Path("data/timings/one.json").read_text())["cpu_seconds"] >= 0.25
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"])

@@ -29,7 +29,7 @@ class Section(Base[Cost]):
     template = """\
 {% if models.rows %}{{ models.html }}
 <p class="muted">Multiply-accumulates of convolutions and matrix products, the encoder's included; transforms and norms
-are not counted. Times are of trainings that may have run beside other stages.</p>
+are not counted. The time of a training is that of processors, whatever else ran beside it.</p>
 {% endif %}
 {% if stages.rows %}<details><summary>Time and memory of every stage</summary>{{ stages.html }}</details>
 {% else %}<p>No stage has left its timing.</p>{% endif %}"""
@@ -58,12 +58,12 @@ def model_table(data: Cost) -> Table:
                     count(config.get("n_trainable")),
                     fixed(macs / 1e9 if macs else None, 2),
                     fixed(macs / first if macs and first else None, 2),
-                    duration(taken.get("seconds")),
+                    duration(taken.get("cpu_seconds")),
                     gigabytes(taken.get("cuda_allocated_bytes") or taken.get("peak_rss_bytes")),
                 )
             )
         )
-    columns = ["Model", "Parameters", "of them learning", "GMACs for 2 s", "to the first", "Training"]
+    columns = ["Model", "Parameters", "of them learning", "GMACs for 2 s", "to the first", "CPU time of training"]
     return Table([*columns, "Peak memory of training"], rows)
 
 
@@ -72,9 +72,11 @@ def stage_table(timings: Timings) -> Table:
     rows = []
     for stage, taken in timings.items():
         peak = max(taken.get("peak_rss_bytes") or 0, taken.get("peak_rss_child_bytes") or 0) or None
-        texts = (duration(float(taken["seconds"])), count(taken.get("threads")), gigabytes(peak))
-        rows.append(Row(words(stage, *texts)))
+        times = (duration(taken["seconds"]), duration(taken.get("cpu_seconds")))
+        rows.append(Row(words(stage, *times, count(taken.get("threads")), gigabytes(peak))))
     if rows:
-        total = duration(sum(float(taken["seconds"]) for taken in timings.values()))
-        rows.append(Row(words("sum; stages may have run side by side", total, DASH, DASH)))
-    return Table(["Stage (last run that succeeded)", "Time", "Threads", "Peak memory of a process"], rows)
+        totals = (
+            duration(sum(taken.get(key, 0.0) for taken in timings.values())) for key in ("seconds", "cpu_seconds")
+        )
+        rows.append(Row(words("sum; stages may have run side by side", *totals, DASH, DASH)))
+    return Table(["Stage (last run that succeeded)", "Time", "CPU time", "Threads", "Peak memory of a process"], rows)
