@@ -10,9 +10,6 @@ Each part is residual, behind a layer norm and FiLM by the query with gain and s
 al. 2018). Band-split networks are Luo and Yu's (arXiv:2209.15174), who have recurrent networks in both directions; the
 frame's perceptron is that of TFC-TDF (Choi et al., arXiv:1912.02591). On a CPU convolutions and products take half to
 two thirds of the time of a recurrence with as many multiplications.
-
-The mixture's level is taken out before and put back after: an estimate scales with its mixture exactly. In a recording
-longer than the mixtures of the training the level is that of what lies near (`running_level`).
 """
 
 from collections.abc import Callable
@@ -22,13 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from pipeline.nn.features import SILENT_POWER, istft, running_level, stft
-from pipeline.separators import QuerySeparator
+from pipeline.separators._levelled import N_FEATURES, Levelled
 
 BAND_GROUPS = (1, 2, 5, 8)  # widths of the four quarters of the bands, in units; the half without Nyquist is their sum
-BIN_FLOOR = 1e-6  # power of a bin beside one of the mixture's mean: 60 dB below
-COMPRESSION = 0.3  # exponent of the magnitude beside the phase
-N_FEATURES = 3  # of a bin: compressed real and imaginary part, log power
 
 
 class FiLM(nn.Module):
@@ -99,7 +92,7 @@ class Recurrence(nn.Module):
         return h.unflatten(0, by_band.shape[:2]).transpose(1, 2)
 
 
-class Separator(QuerySeparator):
+class Separator(Levelled):
     """The network above, with `layers` times the three parts between its bands and its masks.
 
     n_fft must be a multiple of 8 x `bands`, and these of 4: a quarter of the bands each has 1, 2, 5 and 8 units of
@@ -121,14 +114,12 @@ class Separator(QuerySeparator):
         mask_hidden: int,
         query_hidden: int,
     ) -> None:
-        super().__init__(query_dim=query_dim, interferer_query=interferer_query)
+        super().__init__(query_dim=query_dim, interferer_query=interferer_query, n_fft=n_fft, hop_length=hop_length)
         if bands <= 0 or bands % len(BAND_GROUPS):
             raise ValueError(f"bands {bands} is not a positive multiple of {len(BAND_GROUPS)}")
         if n_fft % (8 * bands):
             raise ValueError(f"n_fft {n_fft} is not a multiple of 8 x {bands} bands")
-        if not 0 < hop_length <= n_fft // 2:
-            raise ValueError(f"hop_length {hop_length} is not between 1 and half of n_fft {n_fft}")
-        self.n_fft, self.hop_length, self.bands, self.width = n_fft, hop_length, bands, width
+        self.bands, self.width = bands, width
         self.group = bands // len(BAND_GROUPS)  # bands of as many bins each
         unit = n_fft // 2 // self.group // sum(BAND_GROUPS)
         self.widths = [unit * units for units in BAND_GROUPS]
@@ -172,30 +163,7 @@ class Separator(QuerySeparator):
         `enter` may change the tokens (batch, frames, bands, width) that go into the layers; `steer(hidden, frames)`
         what every gain and shift is made from, (batch, windows, query_hidden) into (batch, 1 or frames, query_hidden).
         """
-        length = mixture.shape[-1]
-        if len(query) != len(mixture):
-            raise TypeError(f"query has {len(query)} rows, mixture {len(mixture)}")
-        if self.is_long(length):
-            assert self.segment_samples is not None
-            level = running_level(mixture.float(), self.segment_samples, self.hop_length)
-        else:
-            # The root's gradient is infinite at 0, and 0 times infinity is not 0: hence the limit inside.
-            level = mixture.float().square().mean(dim=-1, keepdim=True).clamp(min=SILENT_POWER).sqrt()
-        # Up to a whole number of hops: the last sample then lies in the middle of a window, not under its tip.
-        padded = max(length, self.n_fft // 2 + 1)
-        padded += -padded % self.hop_length
-        spectrum = stft(F.pad(mixture / level, (0, padded - length)), n_fft=self.n_fft, hop_length=self.hop_length)
-        mask = self.mask(self.planes(spectrum[..., :-1]), query, enter, steer)
-        estimate = F.pad(spectrum[..., :-1] * mask, (0, 1))  # Nyquist is silent
-        return istft(estimate, n_fft=self.n_fft, hop_length=self.hop_length, length=padded)[:, :length] * level
-
-    def planes(self, spectrum: Complex[Tensor, "batch frames bins"]) -> Float[Tensor, "batch frames bins 3"]:
-        """Compressed real and imaginary part of each bin, and its log power: near 1 all three, at the mean power."""
-        mean_power = 3 / 8 * self.n_fft  # of a bin of white noise with an RMS of 1, under a Hann window
-        spectrum = spectrum * mean_power**-0.5
-        power = spectrum.real.square() + spectrum.imag.square() + BIN_FLOOR
-        gain = power ** ((COMPRESSION - 1) / 2)
-        return torch.stack([spectrum.real * gain, spectrum.imag * gain, 0.25 * power.log() + 1], dim=-1)
+        return self.through(mixture, query, lambda planes: self.mask(planes, query, enter, steer))
 
     def mask(
         self,
@@ -213,11 +181,7 @@ class Separator(QuerySeparator):
         ]
         tokens = torch.cat([torch.bmm(group, weight) for group, weight in zip(groups, self.split, strict=True)])
         h = enter(tokens.view(self.bands, batch, frames, -1).permute(1, 2, 0, 3) + self.split_bias)
-        # Normed, each embedding by itself: a mean of several queries is shorter than each.
-        # One query of most mixtures, one of each window of long ones.
-        normed = F.layer_norm(query.reshape(batch, -1, self.query_dim), (self.query_dim,))
-        normed = normed.reshape(batch, -1, self.joint_dim)
-        query = steer(F.silu(self.query(normed)), frames)
+        query = steer(F.silu(self.query(self.normed(query))), frames)
         for film, part in zip(self.films, self.parts, strict=False):
             h = h + part(film(h, query))
         h = self.films[-1](h, query).flatten(0, 1).transpose(0, 1)

@@ -7,7 +7,7 @@ give its outputs. Where paper and code differ, the code is followed: FiLM only s
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ NEGATIVE_SLOPE = 0.01
 STRIDES = ((2, 2), (2, 2), (2, 2), (2, 2), (2, 2), (1, 2))
 FRAMES_MULTIPLE = 32
 BINS_MULTIPLE = 64
+
+Bottleneck = Literal["conv", "dprnn"]
 
 
 class FiLMNorm(nn.Module):
@@ -94,6 +96,31 @@ class DecoderBlock(nn.Module):
         return self.block(torch.cat([h, skip], dim=1), query)
 
 
+class DualPath(nn.Module):
+    """A dual-path recurrent bottleneck (Luo et al., arXiv:1910.06379): a GRU over the bins, then one over the frames.
+
+    Both run in both directions, behind the pre-activation of the convolutions, and are residual. At the bottom of the
+    U-Net a frame is 32 of the STFT's and hears of all others: an estimate depends on the whole recording.
+    """
+
+    def __init__(self, channels: int, query_dim: int, norm_momentum: float) -> None:
+        super().__init__()
+        self.pres = nn.ModuleList(FiLMNorm(channels, query_dim, norm_momentum) for _ in range(2))
+        self.grus = nn.ModuleList(nn.GRU(channels, channels, batch_first=True, bidirectional=True) for _ in range(2))
+        self.leaves = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(2))
+
+    def forward(
+        self, x: Float[Tensor, "batch channels frames bins"], query: Float[Tensor, "batch *windows query_dim"]
+    ) -> Float[Tensor, "batch channels frames bins"]:
+        """Keep the shape."""
+        # Sequences of (batch, frames, bins, channels) over its third axis, then over its second.
+        for pre, gru, leave, order in zip(self.pres, self.grus, self.leaves, ((0, 2, 3, 1), (0, 3, 2, 1)), strict=True):
+            sequences = pre(x, query).permute(order)
+            h = leave(gru(sequences.flatten(0, 1))[0]).unflatten(0, sequences.shape[:2])
+            x = x + h.permute([order.index(axis) for axis in range(4)])
+        return x
+
+
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution as a matrix product, channels innermost in its result.
 
@@ -118,7 +145,13 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, channels: Sequence[int], query_dim: int, norm_momentum: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        query_dim: int,
+        norm_momentum: float,
+        bottleneck: Bottleneck = "conv",
     ) -> None:
         super().__init__()
         self.enter = Pointwise(in_channels, channels[0])
@@ -127,7 +160,11 @@ class UNet(nn.Module):
         self.encoders = nn.ModuleList(
             ResBlock(widths[i], widths[i + 1], query_dim, norm_momentum) for i in range(len(STRIDES))
         )
-        self.bottleneck = ResBlock(channels[-1], channels[-1], query_dim, norm_momentum)
+        self.bottleneck: nn.Module = (
+            ResBlock(channels[-1], channels[-1], query_dim, norm_momentum)
+            if bottleneck == "conv"
+            else DualPath(channels[-1], query_dim, norm_momentum)
+        )
         decoder_widths = [channels[-1], *reversed(channels)]
         self.decoders = nn.ModuleList(
             DecoderBlock(decoder_widths[i], decoder_widths[i + 1], stride, query_dim, norm_momentum)
@@ -162,7 +199,8 @@ class Separator(QuerySeparator):
     """ResUNet30 with widths `channels` (one per encoder, six).
 
     The mask's phase is that of a complex number near zero when training starts: anything. With a `phase_bias` of 1 that
-    number starts near one, and the estimate as half of the mixture; 0 is how the published network starts.
+    number starts near one, and the estimate as half of the mixture; 0 is how the published network starts. The
+    `bottleneck` is the published convolutions (conv) or `DualPath` (dprnn).
 
     n_fft must be a multiple of 128: the half without its last bin is halved six times on the way down. The STFT, the
     mask and its inverse are float32 also under autocast; only the U-Net follows it.
@@ -178,6 +216,7 @@ class Separator(QuerySeparator):
         channels: Sequence[int],
         norm_momentum: float = 0.01,
         phase_bias: float = 0.0,
+        bottleneck: Bottleneck = "conv",
     ) -> None:
         super().__init__(query_dim=query_dim, interferer_query=interferer_query)
         if len(channels) != len(STRIDES):
@@ -192,7 +231,7 @@ class Separator(QuerySeparator):
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.norm = nn.BatchNorm1d(n_fft // 2 + 1, momentum=norm_momentum)
-        self.unet = UNet(1, 3, channels, self.joint_dim, norm_momentum)
+        self.unet = UNet(1, 3, channels, self.joint_dim, norm_momentum, bottleneck)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

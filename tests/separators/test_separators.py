@@ -25,7 +25,15 @@ TINY = {
         **{"n_fft": 128, "hop_length": 48, "bands": 4, "width": 8, "layers": 1, "frame_hidden": 16},
         **{"recurrent_hidden": 8, "mask_hidden": 16, "query_hidden": 8},
     },
+    "gru": {
+        **{"n_fft": 128, "hop_length": 48, "width": 16, "hidden": 16, "layers": 2, "mask_hidden": 16},
+        **{"query_hidden": 8},
+    },
     "resunet": {"n_fft": 128, "hop_length": 48, "channels": [4, 4, 4, 4, 4, 4]},
+    "zipformer": {
+        **{"n_fft": 128, "hop_length": 48, "rates": [1, 2, 1], "blocks": 1, "width": 16, "hidden": 16, "heads": 2},
+        **{"head_width": 8, "reach": 8, "mask_hidden": 16, "query_hidden": 8},
+    },
 }
 UNET = {"n_fft": 1024, "hop_length": 320, "channels": [4, 4, 4, 4, 4, 4], "norm_momentum": 0.1, "phase_bias": 1.0}
 TINY["mae_resunet"] = {"body": UNET, **FEATURES, "fusion": "freq"}
@@ -46,6 +54,7 @@ TINY_BLIND = {
 }
 
 each_separator = pytest.mark.parametrize("name", [name for name in separators.names() if separators.takes_query(name)])
+each_levelled_separator = pytest.mark.parametrize("name", ["bandsplit", "gru", "zipformer"])
 each_blind_separator = pytest.mark.parametrize("name", [n for n in separators.names() if not separators.takes_query(n)])
 
 
@@ -65,7 +74,7 @@ def relative(estimate, reference):
 def test_an_unknown_separator_is_refused_with_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"no separator 'resnet'; there are \['bandsplit', 'conv_tasnet', 'mae_bandsplit', 'mae_resunet', ",
+        match=r"no separator 'resnet'; there are \['bandsplit', 'conv_tasnet', 'gru', 'mae_bandsplit', 'mae_resunet', ",
     ):
         separators.build("resnet", query_dim=1)
 
@@ -253,19 +262,35 @@ def test_a_separator_of_one_query_takes_no_other(name):
     assert "not_given" not in separator.state_dict()
 
 
-# Band-split
+# Of a level of 1
 
 
+@each_levelled_separator
 @pytest.mark.parametrize("gain", [2.0**-10, 8.0])
-def test_a_louder_mixture_gives_the_same_estimate_louder_to_the_bit(gain):
-    separator, mixture, query = tiny("bandsplit").eval(), randn(2, 3000), randn(2, QUERY_DIM)
+def test_a_louder_mixture_gives_the_same_estimate_louder_to_the_bit(name, gain):
+    separator, mixture, query = tiny(name).eval(), randn(2, 3000), randn(2, QUERY_DIM)
     assert torch.equal(separator(gain * mixture, query), gain * separator(mixture, query))
 
 
-def test_a_band_split_network_begins_with_about_half_of_the_mixture():
+@each_levelled_separator
+def test_a_levelled_network_begins_with_about_half_of_the_mixture(name):
     mixture = randn(2, 30 * 48)
-    estimate = tiny("bandsplit").eval()(mixture, randn(2, QUERY_DIM))
+    estimate = tiny(name).eval()(mixture, randn(2, QUERY_DIM))
     assert relative(estimate, mixture / 2) < 0.3  # white noise, of which a hundredth is at Nyquist
+
+
+@each_levelled_separator
+def test_in_a_long_recording_what_is_far_changes_nothing(name):
+    separator = tiny(name).eval()
+    separator.segment_samples = 960
+    mixture, query = randn(1, 9600), randn(1, QUERY_DIM)
+    louder = torch.cat([mixture[:, :4800], 30 * mixture[:, 4800:]], dim=1)
+    near = slice(0, 960)
+    with torch.inference_mode():
+        assert relative(separator(louder, query)[:, near], separator(mixture, query)[:, near]) < 0.05
+
+
+# Band-split
 
 
 @pytest.mark.parametrize("sizes", [{}, {"recurrent_hidden": 0}, {"layers": 2, "bands": 8, "n_fft": 256}])
