@@ -2,7 +2,7 @@
 
     mixture / its RMS -> STFT -> log power of all bins -> `width` numbers a frame
         layers of   layer norm, FiLM by the query (Perez et al. 2018), a bidirectional GRU over time; residual
-    -> with the frame's own bins beside them -> a mask of each bin, from 0 to 1
+    -> FiLM, and with the frame's own bins beside -> a mask of each bin, from 0 to 1
 
 One query steers all frames alike. A GRU in both directions hears the whole recording; how far it is felt is measured
 when the model is trained, and is what `separate` gives a block for context.
@@ -23,7 +23,7 @@ class FiLM(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(width))
         self.change = nn.Linear(query_hidden, 2 * width)
-        nn.init.normal_(self.change.weight, std=0.3 * query_hidden**-0.5)
+        nn.init.normal_(self.change.weight, std=0.5 * query_hidden**-0.5)
         nn.init.zeros_(self.change.bias)
 
     def forward(
@@ -46,6 +46,28 @@ class Recurrence(nn.Module):
         """Change each frame by what comes before and after it."""
         h: Tensor = self.leave(self.gru(x)[0])
         return h
+
+
+class Mask(nn.Module):
+    """The query's last FiLM, and a perceptron that sees the frame's own bins beside what the layers made of it."""
+
+    def __init__(self, bins: int, width: int, hidden: int, query_hidden: int) -> None:
+        super().__init__()
+        self.film = FiLM(query_hidden, width)
+        self.enter, self.leave = nn.Linear(width + bins, hidden), nn.Linear(hidden, bins)
+        nn.init.normal_(self.leave.weight, std=0.3 * hidden**-0.5)
+        nn.init.zeros_(self.leave.bias)  # about half of the mixture, to begin with
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch frames width"],
+        levels: Float[Tensor, "batch frames bins"],
+        query: Float[Tensor, "batch 1 query_hidden"],
+    ) -> Float[Tensor, "batch frames bins"]:
+        """A factor of every bin between 0 and 1, float32 whatever the autocast."""
+        h = self.film(x, query)
+        logits: Tensor = self.leave(F.silu(self.enter(torch.cat([h, levels.to(h.dtype)], dim=-1))))
+        return logits.float().sigmoid()
 
 
 class Separator(Levelled):
@@ -76,12 +98,8 @@ class Separator(Levelled):
         self.enter = nn.Linear(bins, width)
         self.query = nn.Linear(self.joint_dim, query_hidden)
         self.layers = nn.ModuleList(Recurrence(width, hidden) for _ in range(layers))
-        self.films = nn.ModuleList(FiLM(query_hidden, width) for _ in range(layers + 1))
-        self.mask1 = nn.Linear(width + bins, mask_hidden)
-        self.mask2 = nn.Linear(mask_hidden, bins)
-        with torch.no_grad():
-            self.mask2.weight.mul_(0.1)  # half of the mixture, to begin with
-            self.mask2.bias.zero_()
+        self.films = nn.ModuleList(FiLM(query_hidden, width) for _ in range(layers))
+        self.mask = Mask(bins, width, mask_hidden, query_hidden)
 
     def forward(
         self,
@@ -90,16 +108,15 @@ class Separator(Levelled):
         part: slice = slice(None),
     ) -> Float[Tensor, "batch part"]:
         """Separate the part of each mixture from what is in that part alone."""
-        return self.through(mixture[:, part], query, lambda planes: self.mask(planes[..., 2], query))
+        return self.through(mixture[:, part], query, lambda planes: self.masks(planes[..., 2], query))
 
-    def mask(
+    def masks(
         self, levels: Float[Tensor, "batch frames bins"], query: Float[Tensor, "batch joint_dim"]
     ) -> Float[Tensor, "batch frames bins"]:
-        """A factor of every bin between 0 and 1, float32 whatever the autocast."""
+        """A factor of every bin, from the log power of all of them."""
         steer = F.silu(self.query(self.normed(query)))
         h = self.enter(levels)
-        for film, layer in zip(self.films, self.layers, strict=False):
+        for film, layer in zip(self.films, self.layers, strict=True):
             h = h + layer(film(h, steer))
-        h = torch.cat([self.films[-1](h, steer), levels.to(h.dtype)], dim=-1)
-        logits: Tensor = self.mask2(F.silu(self.mask1(h)))
-        return logits.float().sigmoid()
+        mask: Tensor = self.mask(h, levels, steer)
+        return mask

@@ -4,7 +4,7 @@
         a stack of blocks at each of `rates`, as 1, 2, 4, 2, 1: every frame, every second, every fourth, and back
         a block   attention's weights, once, used twice (gated, and by heads); a convolution; three perceptrons
                   -> BiasNorm, FiLM by the query -> a learned share of it, the rest being the block's input
-    -> with the frame's own bins beside them -> a mask of each bin, from 0 to 1
+    -> FiLM, and with the frame's own bins beside -> a mask of each bin, from 0 to 1
 
 From Zipformer are the frame rates, the block's shape, BiasNorm in place of a layer norm (it keeps some of a vector's
 length), and SwooshR and SwooshL in place of SiLU. Ours are the FiLM, one width in all stacks, and attention that looks
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.separators._levelled import Levelled
+from pipeline.separators.gru import Mask
 
 KERNEL = 15  # frames that a convolution sees
 MAX_RATE = 64
@@ -148,7 +149,7 @@ class Block(nn.Module):
         self.convolutions = nn.ModuleList(Convolution(width) for _ in range(2))
         self.norm = BiasNorm(width)
         self.film = nn.Linear(query_hidden, 2 * width)
-        nn.init.normal_(self.film.weight, std=0.3 * query_hidden**-0.5)
+        nn.init.normal_(self.film.weight, std=0.5 * query_hidden**-0.5)
         nn.init.zeros_(self.film.bias)
         self.share = nn.Parameter(torch.full((width,), 0.5))
 
@@ -235,11 +236,7 @@ class Separator(Levelled):
         self.query = nn.Linear(self.joint_dim, query_hidden)
         sizes = (width, hidden, heads, head_width, reach, query_hidden)
         self.stacks = nn.ModuleList(Stack(rate, width, [Block(*sizes) for _ in range(blocks)]) for rate in rates)
-        self.mask1 = nn.Linear(width + bins, mask_hidden)
-        self.mask2 = nn.Linear(mask_hidden, bins)
-        with torch.no_grad():
-            self.mask2.weight.mul_(0.1)  # half of the mixture, to begin with
-            self.mask2.bias.zero_()
+        self.mask = Mask(bins, width, mask_hidden, query_hidden)
 
     @property
     def grid_samples(self) -> int:
@@ -253,19 +250,18 @@ class Separator(Levelled):
         part: slice = slice(None),
     ) -> Float[Tensor, "batch part"]:
         """Separate the part of each mixture from what is in that part alone."""
-        return self.through(mixture[:, part], query, lambda planes: self.mask(planes[..., 2], query))
+        return self.through(mixture[:, part], query, lambda planes: self.masks(planes[..., 2], query))
 
-    def mask(
+    def masks(
         self, levels: Float[Tensor, "batch frames bins"], query: Float[Tensor, "batch joint_dim"]
     ) -> Float[Tensor, "batch frames bins"]:
-        """A factor of every bin between 0 and 1, float32 whatever the autocast."""
-        steer = swoosh_r(self.query(self.normed(query)))
+        """A factor of every bin, from the log power of all of them."""
+        steer = F.silu(self.query(self.normed(query)))
         h = self.enter(levels)
         for stack in self.stacks:
             h = stack(h, steer)
-        h = torch.cat([h, levels.to(h.dtype)], dim=-1)
-        logits: Tensor = self.mask2(swoosh_r(self.mask1(h)))
-        return logits.float().sigmoid()
+        mask: Tensor = self.mask(h, levels, steer)
+        return mask
 
 
 def _soften(layer: nn.Linear) -> None:
