@@ -187,7 +187,8 @@ class Stack(nn.Module):
         h = x
         if self.weights is not None:
             missing = -x.shape[1] % self.rate
-            h = torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1).unflatten(1, (-1, self.rate))
+            padded = torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1)
+            h = padded.reshape(len(x), -1, self.rate, x.shape[2])
             h = torch.einsum("bfrw,r->bfw", h, self.weights.softmax(dim=0).to(h.dtype))
         for block in self.blocks:
             h = block(h, query)
