@@ -37,7 +37,7 @@ def seams(separator: Separator, seconds: float = 40.0) -> list[float]:
     query = separator.averages[:1]
     rate = separator.sample_rate
     with torch.inference_mode():
-        whole = separator.network(torch.from_numpy(audio), query)[0].numpy()
+        whole = separator.network(torch.from_numpy(audio), separator.network.joint_query(query))[0].numpy()
     found = separator.separate(audio, rate, {"it": query[0]})["it"][0]
     error, level = np.square(found - whole), np.square(whole)
     places = range(separator.blocks.core, audio.shape[1] - rate // 50, separator.blocks.core)
