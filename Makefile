@@ -66,4 +66,4 @@ lock: $(READY)  ## requirements.txt from pyproject.toml; no hosts, hashes for ev
 clean:  ## what `make repro` made, the cache and the synthetic corpus included; what you put into data/ stays
 	rm -rf data/manifest data/sed data/mae data/performer data/clips/train data/clips/eval data/anchors/train \
 	  data/anchors/eval data/pairs/train data/pairs/eval data/separators/* data/scores/* \
-	  data/mixit/* data/mixit_scores/* data/music/index data/music/synthetic data/synthetic data/scratch data/timings .dvc/cache .dvc/tmp
+	  data/mixit/* data/mixit_scores/* data/exports data/music/index data/music/synthetic data/synthetic data/scratch data/timings .dvc/cache .dvc/tmp

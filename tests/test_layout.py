@@ -28,6 +28,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"reporting", "separate"},
+    {"export"},
     {"stages"},
     {"experiments", "__main__"},
 ]

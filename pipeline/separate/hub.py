@@ -99,13 +99,18 @@ def save(folder: Path, config: dict[str, Any], network: nn.Module, out: Path) ->
             shutil.copyfile(folder / CARD, made / CARD)
         else:
             write_atomic(made / CARD, card(folder.stem, config, scores_of(folder)))
-        out.mkdir(exist_ok=True)
-        for path in sorted(made.iterdir()):
-            target = out / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+        move_into(made, out)
     return out
+
+
+def move_into(made: Path, out: Path) -> None:
+    """Move all that lies in `made` into the folder `out`, over what is there by the same names."""
+    out.mkdir(exist_ok=True)
+    for path in sorted(made.iterdir()):
+        target = out / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
 
 
 def push(made: Path, repository: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -124,6 +124,13 @@ class Separator:
             raise Unusable(f"{self.folder} has no {QUERIES}: it was trained before separators knew their classes")
         return read_safetensors(path)["query"]
 
+    @property
+    def not_given(self) -> Query | None:
+        """The vector in place of an interferer that is not known; None of models that take no such query."""
+        network = self.network
+        held = network.not_given if isinstance(network, QuerySeparator) else None
+        return None if held is None else held.detach().cpu()
+
     @cached_property
     def encoder(self) -> panns.QueryEncoder:
         """The query encoder, which turns an example of a sound into a query."""

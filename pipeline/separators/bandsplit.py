@@ -173,6 +173,17 @@ class Separator(Levelled):
         steer: Callable[[Tensor, int], Tensor],
     ) -> Complex[Tensor, "batch frames bins"]:
         """A complex factor of every bin, any number: it may amplify. Float32 whatever the autocast."""
+        real, imaginary = self.mask_parts(planes, query, enter, steer)
+        return torch.complex(real, imaginary)
+
+    def mask_parts(
+        self,
+        planes: Float[Tensor, "batch frames bins 3"],
+        query: Float[Tensor, "batch *windows joint_dim"],
+        enter: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        steer: Callable[[Tensor, int], Tensor] = lambda hidden, frames: hidden,
+    ) -> Float[Tensor, "2 batch frames bins"]:
+        """Real and imaginary part of the mask, for a program that knows no complex numbers."""
         batch, frames = planes.shape[:2]
         # Products of a whole group of bands of one width: (bands, batch x frames, numbers).
         groups = [
@@ -191,8 +202,7 @@ class Separator(Levelled):
             hidden = F.silu(torch.baddbmm(bias1, torch.cat([token, group.to(token.dtype)], dim=-1), weight1))
             logits = torch.baddbmm(bias2, hidden, weight2)
             masks.append(logits.view(self.group, batch, frames, 2, -1).permute(3, 1, 2, 0, 4).flatten(3))
-        real, imaginary = torch.cat(masks, dim=-1).float()
-        return torch.complex(real, imaginary)
+        return torch.cat(masks, dim=-1).float()
 
 
 def _normal(groups: int, inputs: int, outputs: int, gain: float = 1.0) -> nn.Parameter:
