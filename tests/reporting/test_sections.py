@@ -1,5 +1,6 @@
 """Sections of the report: one file each, found by being there; and the tables that they are made of."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -151,3 +152,24 @@ def test_dvc_yaml_lists_every_section_of_params_that_the_report_reads(tmp_path):
     (stage,) = [stage for stage in Repo(str(ROOT)).index.stages if stage.addressing == "report"]
     listed = {key.split(".")[0] for dep in stage.deps if hasattr(dep, "params") for key in dep.params}
     assert {"data", "train", "separators", "mixit_music"} <= document.read <= listed
+
+
+def test_exports_are_a_section_where_there_are_some_and_no_byte_where_there_are_none(tmp_path):
+    places, settings = make_run(tmp_path)
+    before = report(places, tmp_path / "reports", settings)
+    assert not [key for key in before if key.startswith("exports.")]
+    assert "Exports" not in (tmp_path / "reports/report.html").read_text()
+    parity = {"max_difference": 1.5e-7, "rtf_network": 0.07, "rtf_export": 0.08, "mb_network": 6.4, "mb_export": 14.9}
+    for name, change in (("resunet_onnx", -0.0001), ("a_<b>", None)):
+        folder = tmp_path / "data/exports" / name
+        folder.mkdir(parents=True)
+        (folder / "parity.json").write_text(json.dumps(parity | {"sdri_change": change}))
+    after = report(places, tmp_path / "reports", settings)
+    assert after == before | {
+        "exports.resunet_onnx.sdri_change": -0.0001,
+        "exports.resunet_onnx.max_difference": 1.5e-7,
+        "exports.a_<b>.max_difference": 1.5e-7,
+    }
+    page = (tmp_path / "reports/report.html").read_text()
+    assert '<section id="exports">' in page
+    assert "<code>a_&lt;b&gt;</code>" in page
