@@ -17,7 +17,7 @@ from pipeline.nn.losses import mixture_consistency
 from pipeline.separate.targets import Unusable
 from pipeline.separators import BlindSeparator, QuerySeparator, bandsplit, conv_tasnet, mae_resunet, performer, resunet
 from pipeline.separators._features import Featured
-from pipeline.separators.bandsplit import BIN_FLOOR, COMPRESSION
+from pipeline.separators._levelled import BIN_FLOOR, COMPRESSION
 from pipeline.separators.performer import LOG_GAIN
 from pipeline.separators.resunet import FRAMES_MULTIPLE
 from pipeline.upstreams import combine, mae

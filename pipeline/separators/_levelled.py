@@ -69,5 +69,6 @@ class Levelled(QuerySeparator):
 
         There is one query of most mixtures, and one of each window of long ones.
         """
-        normed = F.layer_norm(query.reshape(len(query), -1, self.query_dim), (self.query_dim,))
-        return normed.reshape(len(query), -1, self.joint_dim)
+        batch = query.shape[0]  # which a trace can follow, as it cannot len
+        normed = F.layer_norm(query.reshape(batch, -1, self.query_dim), (self.query_dim,))
+        return normed.reshape(batch, -1, self.joint_dim)
