@@ -61,7 +61,7 @@ def _one(name: str, setting: str, why: str) -> Ablation:
 
 ABLATIONS = (
     _one("upstream-none", "model.upstream=none", "the width of the features without features"),
-    _one("upstream-random", "model.upstream=random", "features that know nothing"),
+    _one("upstream-constant", "model.upstream=constant", "one table of vectors for every mixture"),
     _one("upstream-panns", "model.upstream=panns", "features that know the classes: the query encoder's own"),
     _one("upstream-wavlm", "model.upstream=wavlm", "a speech model; random weights unless params.yaml names a folder"),
     _one("upstream-dasheng", "model.upstream=dasheng", "a general-audio model; random weights unless a file is named"),

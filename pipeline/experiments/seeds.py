@@ -3,7 +3,7 @@
     python -m pipeline seeds --seeds 1 2             # run those that this commit has not, and collect all there are
     python -m pipeline seeds --collect               # only write reports/seeds/seeds.json and .md
     python -m pipeline seeds --runs runs/0 runs/1    # collect from folders named by their seed: <model>/scores.parquet
-    ... --equivalent upstream_random upstream_none   # and say whether two models agree within noise
+    ... --equivalent upstream_constant upstream_none   # and say whether two models agree within noise
     python -m pipeline seeds --again reports/seeds   # make the table again from the scores that lie beside it
 
 Beside the table lie the scores that it is made of and the params of their runs: scores.parquet and params.yaml.

@@ -93,9 +93,9 @@ def test_resunet(bf16):
     assert devices_of_estimates(moved(build, "resunet", **UNET, query_dim=8), bf16) == ["cuda"] * 5
 
 
-@pytest.mark.parametrize("name", ["none", "random", "panns", "hubert", "wavlm", "data2vec"])
+@pytest.mark.parametrize("name", ["none", "constant", "panns", "hubert", "wavlm", "data2vec"])
 def test_upstreams(name):
-    if name in ("none", "random"):
+    if name in ("none", "constant"):
         config = {"dim": 16, "mae_input": "crop"}
     elif name == "panns":
         arguments = {"class_indices": [0], "channels": [4, 8], "embedding_dim": 8}

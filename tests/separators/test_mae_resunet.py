@@ -265,13 +265,13 @@ def test_pretrained_weights_must_be_exactly_the_encoders():
         model.load_pretrained(state)
 
 
-def test_random_features_are_the_same_for_every_mixture_and_none_are_zero():
-    random, none = build(upstream="random"), build(upstream="none")
-    one, two = (model.features(batch(seed=seed)[0]) for model in (random,) for seed in (1, 2))
+def test_constant_features_are_the_same_for_every_mixture_and_none_are_zero():
+    constant, none = build(upstream="constant"), build(upstream="none")
+    one, two = (model.features(batch(seed=seed)[0]) for model in (constant,) for seed in (1, 2))
     assert torch.equal(one, two)
     assert one.std().item() == pytest.approx(1, abs=0.01)
     assert not none.features(batch()[0]).any()
-    assert cost(random, query_dim=8, samples=16000).macs == cost(none, query_dim=8, samples=16000).macs
+    assert cost(constant, query_dim=8, samples=16000).macs == cost(none, query_dim=8, samples=16000).macs
 
 
 def test_rows_and_steps_carry_their_time():

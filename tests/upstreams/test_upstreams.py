@@ -25,7 +25,7 @@ OPTIONS = {
     "mae_untrained": {"mae_input": "crop", "drop_path": 0.0},
     "logmel": {},
     "none": {"mae_input": "crop"},
-    "random": {"mae_input": "crop"},
+    "constant": {"mae_input": "crop"},
     "panns": {"weights": "the fixture's"},
     "hubert": SMALL,
     "distilhubert": SMALL,
@@ -33,7 +33,7 @@ OPTIONS = {
     "data2vec": SMALL,
     "dasheng": {"weights": "random", "sha256": None, "config": {"embed_dim": 32, "depth": 2, "num_heads": 2}},
 }
-LEARNING = [name for name in OPTIONS if name not in ("none", "random", "logmel")]
+LEARNING = [name for name in OPTIONS if name not in ("none", "constant", "logmel")]
 ADAPTED = [name for name in LEARNING if name != "panns"]
 each_upstream = pytest.mark.parametrize("name", upstreams.names())
 
@@ -104,7 +104,7 @@ def test_layers_and_steps(name, samples, pretrained):
 def test_features_without_information_have_the_steps_of_the_a_mae(mae_input, samples, pretrained):
     options = {"mae_input": mae_input, "drop_path": 0.0}
     ours, theirs = [], []
-    for name in ("mae", "random", "none"):
+    for name in ("mae", "constant", "none"):
         config, _ = upstreams.read(name, options, pretrained)
         upstream = upstreams.build(name, **config).eval()
         steps = upstream.to_steps(upstream.hidden(noise(samples))[-1])

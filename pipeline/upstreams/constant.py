@@ -1,4 +1,7 @@
-"""Features without information: drawn once, the same for every mixture. What they help, width helps, not knowledge."""
+"""Features without information: one table, the same for every mixture. What it helps, width helps, not knowledge.
+
+An encoder with random weights is `mae_untrained`.
+"""
 
 import torch
 from jaxtyping import Float
