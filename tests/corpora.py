@@ -1,7 +1,7 @@
 """Directories as the stages write them, small: clips with tones of known class, anchors cut from them, and songs."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,30 @@ def write_sounds(
         row |= {"wav_offset": wav.offset, "wav_size": wav.size, "query_offset": query.offset, "query_size": query.size}
     sizes = {"sample_rate": sample_rate, "segment_samples": len(time), "query_dim": 1}
     anchors.write_index(directory, rows, **sizes, empty_classes=[])
+    shards.write_index(directory)
+    return directory
+
+
+def write_recordings(
+    directory: Path, waveforms: Mapping[str, np.ndarray], sample_rate: int, recordings: Mapping[str, str] | None = None
+) -> Path:
+    """A clips directory (see `resample`) of these waveforms by clip id; `recordings` names that of some clips."""
+    directory.mkdir(parents=True)
+    pcm = {clip_id: np.rint(32767 * w.clip(-1, 1)).astype(np.int16) for clip_id, w in waveforms.items()}
+    samples = [(clip_id, {"wav": shards.encode_wav(w, sample_rate)}) for clip_id, w in pcm.items()]
+    place = {member.key: member for member in shards.write_shard(directory / "clips-00000.tar", samples)}
+    rows = [
+        {
+            **{"clip_id": clip_id, "recording": (recordings or {}).get(clip_id, clip_id), "labels": "", "status": "ok"},
+            **{"duration_seconds": len(pcm[clip_id]) / sample_rate, "shard": "clips-00000.tar"},
+            **{"offset": place[clip_id].offset, "size": place[clip_id].size},
+        }
+        for clip_id in sorted(pcm)
+    ]
+    with (directory / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     shards.write_index(directory)
     return directory
 

@@ -19,7 +19,7 @@ from pipeline.reporting.gates import evaluate_gates
 from pipeline.reporting.headline import headline
 from pipeline.reporting.scores import QUERIES
 from pipeline.reporting.sections.encoder import encoder_metrics
-from pipeline.reporting.sections.table1 import COLUMNS, our_systems, systems_table
+from pipeline.reporting.sections.table1 import COLUMNS, UNSUPERVISED, our_systems, systems_table
 from pipeline.stages.report import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,9 @@ def entries(settings, metrics):
 @pytest.fixture(scope="module")
 def rows(metrics, settings, entries):
     """Rows of Table I from metrics.json: ours, as the page and table1.md show them."""
-    systems = our_systems(metrics, list(settings.models), QUERIES, [entry.name for entry in entries])
+    systems = our_systems(
+        metrics, list(settings.models), QUERIES, {entry.name: UNSUPERVISED[entry.subsets] for entry in entries}
+    )
     return systems_table(systems).rows
 
 

@@ -100,10 +100,10 @@ def test_the_graph_runs_and_its_report_is_whole(project):
     assert all(metrics[f"{model}.average.n_pairs"] == 24 for model in models)
     assert metrics["mae_resunet.probe_difference_map"] == 0  # frozen
     assert metrics["mae_resunet.n_trainable"] < metrics["mae_resunet_updated.n_trainable"]
-    for name in ("performer", "conv_tasnet", "performer_anchors"):
+    for name in ("performer", "conv_tasnet", "performer_clips"):
         assert metrics[f"mixit.{name}.do_nothing_snr"] == pytest.approx(3, abs=1)
         assert f"mixit.{name}.stem_si_snri" in metrics
-    assert metrics["mixit.performer_anchors.pairs_sdri_class_median_mean"] > -30
+    assert metrics["mixit.performer_clips.pairs_sdri_class_median_mean"] > -30
     assert ">Unsupervised</h2>" in page
     gate = subprocess.run([sys.executable, "-m", "pipeline", "gate"], cwd=project, capture_output=True, text=True)
     assert gate.returncode == 0, gate.stdout
@@ -168,7 +168,7 @@ def test_a_setting_of_a_separator_without_queries_trains_and_evaluates_it_alone(
 
 def test_how_pairs_are_mixed_concerns_no_separator_of_music(project):
     found = planned(project, "normalize: joint ", "normalize: declip ")
-    assert {"train_separator@resunet", "evaluate_mixit_anchors@performer_anchors"} <= found
+    assert {"train_separator@resunet", "evaluate_mixit_clips@performer_clips"} <= found
     assert not {name for name in found if "mixit@" in name}
 
 
@@ -223,7 +223,7 @@ def test_a_stage_that_is_killed_and_run_again_gives_the_same_bytes(project, name
     command = [sys.executable, *shlex.split(cmd)[1:]]
     # Timings go by what runs; two groups of the graph share the code of training and of evaluation.
     timing = name.replace("resample@", "resample_").replace("train_mae_", "train_").replace("evaluate_mae", "evaluate")
-    timing = timing.replace("mixit_anchors@", "mixit@")
+    timing = timing.replace("mixit_clips@", "mixit@")
     seconds = json.loads((project / "data" / "timings" / f"{timing}.json").read_text())["seconds"]
 
     def killed_after(delay):

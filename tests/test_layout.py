@@ -99,7 +99,7 @@ def keys(node, above=()) -> set[tuple[str, ...]]:
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_every_profile_has_the_keys_of_the_embedded_default(profile):
     load = YAML(typ="safe").load
-    free = {"gate", "mixit_music", "mixit_anchors", "separators", "mae_separators", "variants"}  # as many as one likes
+    free = {"gate", "mixit_music", "mixit_clips", "separators", "mae_separators", "variants"}  # as many as one likes
     default, other = (
         keys({k: v for k, v in load(p).items() if k not in free}) for p in (ROOT / "params.yaml", profile)
     )
@@ -176,7 +176,7 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     }
     expected |= {f"evaluate@{name}" for name in of_queries if name not in of_features}
     expected |= {f"{stage}_mixit@{name}" for name in entries["music"] for stage in ("train", "evaluate")}
-    expected |= {f"{stage}_mixit_anchors@{name}" for name in entries["anchors"] for stage in ("train", "evaluate")}
+    expected |= {f"{stage}_mixit_clips@{name}" for name in entries["anchors"] for stage in ("train", "evaluate")}
     for name in expected:
         assert f"Running stage '{name}'" in plan.stdout
 

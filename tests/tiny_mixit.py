@@ -102,8 +102,9 @@ def write_music(directory: Path, n_tracks: int = 8) -> tuple[Path, MusicParams]:
 def entry(architecture: str = "performer", *, name: str = "tiny", data: str = "music", **changes: Any) -> Entry:
     """An entry as read_entry gives it."""
     settings = {
-        **{"architecture": architecture, "model": f"mixit_models.{architecture}", "segment_seconds": [0.25]},
-        **{"epochs": 1.0, "pretrained": False, "diversity": 0.0, "sparsity": 0.0, "sparsity_form": "report"},
+        **{"architecture": architecture, "model": f"mixit_models.{architecture}", "mixtures": "subsets"},
+        **{"segment_seconds": [0.25], "epochs": 1.0, "pretrained": False, "diversity": 0.0, "sparsity": 0.0},
+        "sparsity_form": "report",
     }
     params = EntryParams.model_validate(settings | changes)
     return Entry(name, data, params, MODELS[architecture])

@@ -24,7 +24,7 @@ from pipeline.core.config import SECTIONS, Params, load_params
 from pipeline.core.runtime import cpu_count, outside, run_command, write_atomic
 from pipeline.experiments.sizes import check_sizes
 
-ENTRIES = ("separators", "mae_separators", "mixit_music", "mixit_anchors")
+ENTRIES = ("separators", "mae_separators", "mixit_music", "mixit_clips")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*", re.ASCII)
 MAX_NAME = 64
 # Files of reports/stages are named after stages and entries: these names would be another stage's.
@@ -131,13 +131,13 @@ def check_params(path: Path) -> dict[str, Any]:
         if (options := upstreams.options(name)) is not None:
             load_params(f"upstreams.{name}", options, path)
     load_params("music.synthetic_stems", SyntheticStems, path)
-    for data in ("music", "anchors"):
+    for data in ("music", "clips"):
         for name in document[f"mixit_{data}"]:
             with _at(f"mixit_{data}.{name}", "architecture, model"):
                 read_entry(name, data, path)
     with _at("pretrain_performer", "model"):
         load_params(document["pretrain_performer"]["model"], model_params("performer"), path)
-    used = {entry["model"] for data in ("music", "anchors") for entry in document[f"mixit_{data}"].values()}
+    used = {entry["model"] for data in ("music", "clips") for entry in document[f"mixit_{data}"].values()}
     for name in document["mixit_models"]:
         if (place := f"mixit_models.{name}") not in {*used, document["pretrain_performer"]["model"]}:
             _check_unused(place, path)

@@ -56,7 +56,7 @@ def _networks(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
         yield f"separators.{name}.model", entry["model"], build
     places = {
         entry["model"]: entry["architecture"]
-        for data in ("music", "anchors")
+        for data in ("music", "clips")
         for entry in document[f"mixit_{data}"].values()
     }
     places[document["pretrain_performer"]["model"]] = "performer"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.core.runtime import remove
+from pipeline.mixtures.repeats import join_by_sound
 from pipeline.mixtures.shards import shard_number
 
 LISTED = ("clip_id", "subset", "labels", "path", "size_bytes", "start_seconds", "end_seconds", "recording")
@@ -117,22 +118,12 @@ def merge(parts: Iterable[Path], out: Path, sample_rate: int) -> Counter[str]:
 
 def join_recordings(parts: Iterable[Path]) -> tuple[dict[str, str], int]:
     """The recording that stands for each that shares samples with others, and how many clips have another's samples."""
-    recording_of: dict[bytes, str] = {}
-    joined: dict[str, str] = {}
-    n_repeats = 0
-
-    def standing(name: str) -> str:
-        while name in joined:
-            name = joined[name]
-        return name
-
-    for row in (row for part in parts for row in read_rows(part / "rows.csv") if row["status"] == "ok"):
-        digest = bytes.fromhex(row["sha256"])
-        n_repeats += digest in recording_of
-        one, other = sorted((standing(row["recording"]), standing(recording_of.setdefault(digest, row["recording"]))))
-        if one != other:
-            joined[other] = one
-    return {name: standing(name) for name in joined}, n_repeats
+    return join_by_sound(
+        (row["recording"], bytes.fromhex(row["sha256"]))
+        for part in parts
+        for row in read_rows(part / "rows.csv")
+        if row["status"] == "ok"
+    )
 
 
 def _clip_id(row: Row) -> str:

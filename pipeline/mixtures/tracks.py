@@ -7,11 +7,11 @@
 
 A mixture of mixtures (Wisdom et al., arXiv:2006.12701) of tracks A and B:
 
-    stems of A   vocals  drums  [bass]  [other]     a random subset of those that sound   ->  x1
-    stems of B   [vocals]  drums  bass  [other]     another one, at a random level        ->  x2        x = x1 + x2
+    whole      A's mix as it is  ->  x1,  B's at a random level  ->  x2        x = x1 + x2; no stem is read
+    subsets    [vocals]  drums  [bass]  of A, others of B: sums of isolated stems, as many as the draw says
 
-Subsets, because of a trap: were there always K stems on either side and 2K outputs, then "everything minus one stem,
-with its sign turned" would solve the task to perfection without separating anything.
+Subsets know a trap less: where there are always K stems on either side and 2K outputs, "everything minus one stem,
+with its sign turned" solves the task to perfection without separating anything. Softmax masks cannot take that way.
 
 Audio is read by seeking to the piece that is wanted; a whole track is never in memory. This module must not import
 torch: processes that only read audio load it.
@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,17 +34,21 @@ import pandas as pd
 from jaxtyping import Float32, Int64
 from pydantic import Field, model_validator
 
-from pipeline.audio import MAX_PEAK, is_below, level_db, locate, open_recording, resample
+from pipeline.audio import MAX_PEAK, is_below, level_db, locate, open_recording, resample, to_int16
 from pipeline.audio.badclip import BadClip, Reason
 from pipeline.audio.recording import Decoder, Recording
 from pipeline.audio.stem_mp4 import StemStream
 from pipeline.core.config import Params
 from pipeline.datasets.music import Subset, Track, split_stream
+from pipeline.mixtures.repeats import join_by_sound
 
 How = Literal["track", "report", "source"]
 """Who decides what is trained on. `track`: whole tracks, all of an artist on one side. `source`: the source's own
 split. `report`: segments, 80/20 to the letter of the report, with one 20 % as validation and test, so that windows of
 one song fall on both sides; for comparison only."""
+
+Mixtures = Literal["whole", "subsets"]
+"""A mixture to learn from is a recording as it is, or a sum of isolated sources, stems or anchors."""
 
 HELD_OUT = "held_out"
 """Split of the rows that are validation and test at once (how = "report")."""
@@ -108,8 +112,9 @@ def split_tracks(
     how: How,
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
     seed: int = 0,
+    joined: Mapping[str, str] | None = None,
 ) -> dict[str, Subset]:
-    """The split of each track, whatever order they come in.
+    """The split of each track, whatever order they come in. `joined`: artists or tracks that go with another one.
 
     `track` gives each artist (or track, where nobody knows) as a whole, in an order shuffled by the seed, to the split
     that is furthest from its fraction of the tracks; none with a fraction above 0 stays empty. ValueError when there
@@ -127,7 +132,8 @@ def split_tracks(
 
     groups: dict[str, list[str]] = {}
     for track in tracks:
-        groups.setdefault(recording_of(track), []).append(track.track_id)
+        recording = recording_of(track)
+        groups.setdefault((joined or {}).get(recording, recording), []).append(track.track_id)
     names: tuple[Subset, Subset, Subset] = ("train", "validation", "test")
     quota = {name: fraction * len(tracks) for name, fraction in zip(names, fractions, strict=True) if fraction}
     if len(groups) < len(quota):
@@ -293,7 +299,11 @@ class Passed:
 
     counts: Counter[str] = field(default_factory=Counter)
     """silent_segments, short_tracks (without one whole window), antiphase_tracks (with a file of which one channel is
-    taken somewhere, because the mean of all cancels) and, by reason, quarantined_<reason>."""
+    taken somewhere, because the mean of all cancels), also_held_out (tracks that the source trains on, with the samples
+    of one that it holds out) and, by reason, quarantined_<reason>."""
+
+    repeats: Counter[str] = field(default_factory=Counter)
+    """repeated_sounds: tracks with the samples of another one. They are used, and on its side of the split."""
 
     quarantine: list[Quarantined] = field(default_factory=list)
     """By track_id."""
@@ -313,18 +323,33 @@ def segments(
 
     Columns: COLUMNS. Rows: by track_id and offset, whatever order the tracks come in. Left out are windows whose
     mixture lies below SILENCE_DB, what is left of a track behind its last whole window, and tracks with a file that
-    cannot be read to its end. Tracks are split before any of that, so that a file that turns up later moves no other.
+    cannot be read to its end. These keep their place in the split, so that a file that turns up later moves no other.
+
+    Tracks with the same samples, under whatever names, are of one recording. Where the source has split them, those
+    that it trains on are left out.
     """
     tracks = sorted(tracks, key=lambda track: track.track_id)
     splits = {} if how == "report" else split_tracks(tracks, how, fractions, seed)
     rows: list[dict[str, object]] = []
     passed = Passed()
+    sounds: dict[str, bytes] = {}
     for track in tracks:
-        found, bad = scan(track, root, seconds, hop_seconds, passed.counts)
+        found, bad = scan(track, root, seconds, hop_seconds, passed.counts, sounds)
         if bad is not None:
             passed.quarantine.append(bad)
             passed.counts[f"quarantined_{bad.reason}"] += 1
         rows += found
+    of_track = {track.track_id: recording_of(track) for track in tracks}
+    joined, passed.repeats["repeated_sounds"] = join_by_sound((of_track[name], sounds[name]) for name in sorted(sounds))
+    for row in rows:
+        row["recording"] = joined.get(str(row["recording"]), row["recording"])
+    if how == "source":
+        held_out = {sounds[name] for name, split in splits.items() if split != "train" and name in sounds}
+        again = {name for name, sound in sounds.items() if splits[name] == "train" and sound in held_out}
+        passed.counts.update({"also_held_out": len(again)} if again else {})
+        rows = [row for row in rows if row["track_id"] not in again]
+    elif how == "track" and joined:
+        splits = split_tracks(tracks, how, fractions, seed, joined)
     named = _split_rows(rows, seed) if how == "report" else [splits[str(row["track_id"])] for row in rows]
     for row, split in zip(rows, named, strict=True):
         row["split"] = split
@@ -332,15 +357,17 @@ def segments(
 
 
 def scan(
-    track: Track, root: Path, seconds: float, hop_seconds: float, counts: Counter[str]
+    track: Track, root: Path, seconds: float, hop_seconds: float, counts: Counter[str], sounds: dict[str, bytes]
 ) -> tuple[list[dict[str, object]], Quarantined | None]:
     """The rows of one track, without their split; none, and the file to blame, if one cannot be used.
 
     Every file is read in blocks of a window to the end of the track, what lies outside of all windows included.
+    `sounds` gets the SHA-256 of the mixture's samples, 16 bit, by track.
     """
     if not 0 < seconds or not 0 < hop_seconds:
         raise ValueError(f"windows of {seconds} s every {hop_seconds} s")
     local: Counter[str] = Counter()
+    sound, heard = hashlib.sha256(), 0  # frames
     rows: list[dict[str, object]] = []
     with ExitStack() as stack:
         try:
@@ -360,6 +387,8 @@ def scan(
                 for stem in track.stems:
                     sums.append(_sum([files[path].read(offset, length) for path in stem.paths], length))
                 mixture = files[track.mixture].read(offset, length) if track.mixture else _sum(sums, length)
+                sound.update(to_int16(mixture[heard - offset :]).data)
+                heard = max(heard, offset + length)
                 if not is_window:
                     continue
                 if _is_silent(mixture):
@@ -391,6 +420,7 @@ def scan(
     if total < frames:
         local["short_tracks"] += 1
     counts.update(local)
+    sounds[track.track_id] = sound.digest()
     return rows, None
 
 
@@ -536,7 +566,7 @@ class MomBatch:
     """What each mixture is the sum of, at its level; silence behind the first `n_stems`."""
 
     n_stems: Int64[np.ndarray, "batch 2"]
-    """0 for a track whose stems nobody knows."""
+    """0 for a mixture as it is: of a track or clip whose stems nobody knows, or nobody asked for."""
 
     track_ids: tuple[tuple[str, str], ...]
 
@@ -558,7 +588,8 @@ class MomStream:
 
     Training (`fixed` False): an endless stream. A row is drawn for x1, one of another track for x2, and in either
     track a piece at any place where something sounds. Of the stems that are active there, 1 to `max_stems` are summed
-    (`random_subsets` False: always as many as there are, up to `max_stems`.) `random_offsets` False keeps to the rows'
+    (`random_subsets` False: always as many as there are, up to `max_stems`). `mixtures` "whole": the ready mixture, or
+    the sum of all stems where there is none, and no stem is told. `random_offsets` False keeps to the rows'
     own places, as a split of segments (how = "report") demands: elsewhere in the track is what it holds out.
 
     Evaluation (`fixed` True): each row is x1 once, at its own place, with a row of another track; `n_batches` of them,
@@ -576,6 +607,7 @@ class MomStream:
         segment_samples: int,
         batch_size: int,
         max_stems: int,
+        mixtures: Mixtures = "subsets",
         snr_range: tuple[float, float] = (-5.0, 5.0),
         random_subsets: bool = True,
         random_offsets: bool = True,
@@ -604,7 +636,7 @@ class MomStream:
         self._span = {track_id: (first[track_id], first[track_id] + counts[track_id]) for track_id in counts}
         self._reader, self._seed, self._fixed = reader, seed, fixed
         self._samples, self._batch_size, self._max_stems = segment_samples, batch_size, max_stems
-        self._snr_range, self._random_subsets = snr_range, random_subsets
+        self._snr_range, self._random_subsets, self._whole = snr_range, random_subsets, mixtures == "whole"
         self._tries = TRIES if random_offsets and not fixed else 0
         self._order = np.random.default_rng([seed, 0]).permutation(len(rows)).tolist() if fixed else []
 
@@ -682,7 +714,7 @@ class MomStream:
         self, label: int, rng: np.random.Generator, start: float | None
     ) -> tuple[tuple[str, ...], Float32[np.ndarray, "parts samples"]]:
         """Stems that are active from there on, in the order of the index; none if nothing sounds."""
-        names = self._reader.row(label).stems
+        names = () if self._whole else self._reader.row(label).stems
         if not names:
             mixture = self._reader.mixture(label, start, self._samples)
             return (), mixture[None] if not _is_silent(mixture) else mixture[None][:0]

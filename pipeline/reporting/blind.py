@@ -19,6 +19,7 @@ from pipeline.reporting.tables import DASH, db
 
 OUT_OF_MEMORY = "out of memory"
 ISOLATED = "from isolated sources"
+WHOLE = {"music": "full mixes", "clips": "as they are"}  # by data
 
 # The overlap of the masks tells the optimum without separation (about 0.67) from the one with it (about 0.05), where
 # the loss is the same for both.
@@ -33,7 +34,7 @@ class BlindResult:
 
     name: str
     architecture: str
-    data: str  # music | anchors
+    data: str  # music | clips
     seconds: float | None  # of a segment
     pretrained: bool
     diversity: float
@@ -47,6 +48,7 @@ class BlindResult:
     tested_seconds: float | None = None  # where it was trained on several lengths: the one of its numbers
     several: str = ""  # what it was trained and tested on, where `seconds` is not one length
     untried: bool = False  # memory ran out in the pretraining that it needs
+    subsets: bool = False  # it learnt from sums of isolated sources, not from recordings as they are
 
     @property
     def segment(self) -> str:
@@ -60,8 +62,8 @@ class BlindResult:
 
     @property
     def mixtures(self) -> str:
-        """Sources that its training mixtures were made of."""
-        return f"{self.data}, {ISOLATED}"
+        """Mixtures that it learnt from."""
+        return f"{self.data}, {ISOLATED if self.subsets else WHOLE.get(self.data, DASH)}"
 
     @property
     def extras(self) -> str:
@@ -128,7 +130,7 @@ def read_results(
     timings: Mapping[str, Mapping[str, int | float]],
     intervals: Mapping[str, Mapping[str, float]],
 ) -> list[BlindResult]:
-    """Results of the entries of `mixit_music:` and `mixit_anchors:`, each with its `data`, in their order.
+    """Results of the entries of `mixit_music:` and `mixit_clips:`, each with its `data`, in their order.
 
     `intervals` are those of mixit_intervals.py, by entry. ValueError where the name of an entry cannot be a file's.
     """
@@ -182,6 +184,8 @@ def _result(
         float(summary["segment_seconds"]) if several and summary else None,
         several,
         untried,
+        # Summaries from before there was a choice are all of sums.
+        (summary if summary else entry).get("mixtures", "subsets") == "subsets",
     )
 
 

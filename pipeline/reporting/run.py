@@ -68,17 +68,17 @@ class Settings:
 
     @cached_property
     def blind(self) -> dict[str, dict[str, Any]]:
-        """Entries of `mixit_music:` and `mixit_anchors:`, the separators without queries, each with its `data`."""
+        """Entries of `mixit_music:` and `mixit_clips:`, the separators without queries, each with its `data`."""
         return {
             name: {**entry, "data": data}
-            for data in ("music", "anchors")
+            for data in ("music", "clips")
             for name, entry in self.document.get(f"mixit_{data}", {}).items()
         }
 
     @property
     def has_blind(self) -> bool:
         """Whether params.yaml has a section of separators without queries, be it empty."""
-        return any(f"mixit_{data}" in self.document for data in ("music", "anchors"))
+        return any(f"mixit_{data}" in self.document for data in ("music", "clips"))
 
     @property
     def music_source(self) -> str | None:

@@ -1,6 +1,6 @@
-"""Stage evaluate_mixit: what one entry of `mixit_music:` or `mixit_anchors:` does on test data, in numbers and sounds.
+"""Stage evaluate_mixit: what one entry of `mixit_music:` or `mixit_clips:` does on test data, in numbers and sounds.
 
-The numbers are those of mixit_scores.py, each beside that of doing nothing. An entry trained on anchors also meets the
+The numbers are those of mixit_scores.py, each beside that of doing nothing. An entry of mixit_clips also meets the
 chain's evaluation pairs, where its outputs go to target and interferer by best assignment: an upper bound, to be read
 beside the query-based models and not against them. Memory giving out is a result here as in training.
 """
@@ -58,7 +58,10 @@ from pipeline.training.mixit import MixitParams, anchor_streams, music_streams, 
 
 log = logging.getLogger(__name__)
 
-TOLD = ("architecture", "data", "pretrained", "diversity", "sparsity", "sparsity_form", "sample_rate", "n_sources")
+TOLD = (
+    *("architecture", "data", "mixtures", "pretrained", "diversity", "sparsity", "sparsity_form"),
+    *("sample_rate", "n_sources"),
+)
 
 ROLES = ("target", "interferer")  # x1 and x2 of a mixture of mixtures, as far as statistics are concerned
 
@@ -93,7 +96,7 @@ class Test:
     source: Path  # the index of the music, or the anchors of the eval split
     music: MusicParams | None
     mixit: MixitParams
-    pairs: EvalPairs | None  # for an entry trained on anchors
+    pairs: EvalPairs | None  # for an entry of mixit_clips
 
 
 def separate(separator: BlindSeparator, mixture: Float[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
@@ -107,6 +110,8 @@ def separate(separator: BlindSeparator, mixture: Float[Tensor, "batch time"]) ->
 
 def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, max_stems: int) -> Iterator[MomBatch]:
     """The first n mixtures of mixtures of the test data, the same for every entry of this segment length.
+
+    They are added up from stems or anchors, also for entries that learn from recordings as they are.
 
     purpose TEST: stems in random subsets, if those of training are. SINGLE: all stems of a track that sound, up to
     max_stems; of anchors, any number of them up to that.
@@ -123,7 +128,8 @@ def batches(test: Test, seconds: float, purpose: int, n: int, batch_size: int, m
         streams = anchor_streams(test.source, "all", random_subsets=subsets, n_items=n, **shared)
     else:
         subsets = test.mixit.random_subsets and purpose == mixit.TEST
-        streams = music_streams(test.source, "test", test.music, random_subsets=subsets, fixed=True, **shared)
+        shared |= {"mixtures": "subsets", "random_subsets": subsets, "fixed": True}
+        streams = music_streams(test.source, "test", test.music, **shared)
     moms = streams.moms[0]
     for k in range(moms.n_batches):
         if k * batch_size >= n:
@@ -264,7 +270,7 @@ def _rounded(value: float) -> float | None:
 def evaluate_mixit(
     name: str, separator_dir: Path, out: Path, *, test: Test, params: EvaluateMixitParams
 ) -> dict[str, Any]:
-    """Write moms.parquet, mixtures.parquet, pairs.parquet (of anchors) and examples to `out`; return the summary.
+    """Write moms.parquet, mixtures.parquet, pairs.parquet (of clips) and examples to `out`; return the summary.
 
     Of an entry trained on several lengths these are of the longest, and those of another length lie in `<length>s/`.
     """
@@ -367,10 +373,10 @@ def main() -> None:
     """Paths come from dvc.yaml, numbers from params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="an entry of the section")
-    parser.add_argument("--data", choices=["music", "anchors"], required=True)
+    parser.add_argument("--data", choices=["music", "clips"], required=True)
     parser.add_argument("--separator", type=Path, required=True)
     parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of eval")
-    parser.add_argument("--pairs", type=Path, help="pairs of eval, for an entry trained on anchors")
+    parser.add_argument("--pairs", type=Path, help="pairs of eval, for an entry of mixit_clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--summary", type=Path, required=True)
     args = parser.parse_args()

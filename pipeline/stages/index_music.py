@@ -1,7 +1,9 @@
 """Stage index_music: list the segments of all tracks, their levels and how many stems sound in them, and split them.
 
-One table per segment length. Tracks that cannot be read are quarantined with the reason; more than
-music.max_bad_fraction of them stop the stage. Audio is read in blocks, never a whole track at once.
+One table per segment length. Tracks with the same samples, under whatever names, are on one side of the split and
+counted; those of a source's own train split that it also holds out are left out. Tracks that cannot be read are
+quarantined with the reason; more than music.max_bad_fraction of them stop the stage. Audio is read in blocks, never a
+whole track at once.
 """
 
 import argparse
@@ -58,6 +60,7 @@ def index_music(out: Path, params: MusicParams) -> dict[str, Any]:
                 str(split): {"segments": len(rows), "tracks": int(rows["track_id"].nunique())}
                 for split, rows in table.groupby("split")
             },
+            "repeated_sounds": passed.repeats["repeated_sounds"],
             "active_stems": {str(n): int(count) for n, count in sorted(Counter(table["n_active_stems"]).items())},
         }
     summary["quarantined"] = len({track for track, _ in quarantine})
@@ -81,6 +84,14 @@ def main() -> None:
         if hasattr(source, "prepare"):
             source.prepare(Path(params.root), load_params(f"music.{params.source}", source.Options))
         summary = index_music(args.out, params)
+        found = summary[f"segments_{params.segment_seconds[0]:g}s"]
+        if found["repeated_sounds"]:
+            log.warning(
+                "%d tracks have the samples of others: all of one sound are on one side of the split, and %d that the "
+                "source trains on and holds out are left out of its train split",
+                found["repeated_sounds"],
+                found["left_out"].get("also_held_out", 0),
+            )
         write_json(args.summary, summary)
         log.info("%s", json.dumps(summary))
 

@@ -1,4 +1,4 @@
-"""Stage train_mixit: train one entry of `mixit_music:` or `mixit_anchors:` without any labels, on mixtures of mixtures.
+"""Stage train_mixit: train one entry of `mixit_music:` or `mixit_clips:` without any labels, on mixtures of mixtures.
 
 The loss is mixture-invariant training's (Wisdom et al., arXiv:2006.12701). The weights with the lowest such loss on
 fixed held-out mixtures are kept, whatever auxiliary losses there are. Batch n is a pure function of (seed, n): a killed
@@ -45,7 +45,7 @@ from pipeline.mixtures.tracks import MomBatch, MusicParams
 from pipeline.separators import build_blind
 from pipeline.training import mixit
 from pipeline.training.loop import Fitted, Validation, fit, write_curve
-from pipeline.training.mixit import Entry, MixitParams, Streams, anchor_streams, music_streams, seed_of
+from pipeline.training.mixit import Entry, MixitParams, Streams, anchor_streams, clip_streams, music_streams, seed_of
 from pipeline.training.portable import DETECTOR, check_networks, equip_blind
 
 log = logging.getLogger(__name__)
@@ -53,22 +53,31 @@ log = logging.getLogger(__name__)
 STATISTICS_BATCHES = 16
 
 
-def streams(entry: Entry, source: Path, music: MusicParams | None, params: MixitParams) -> tuple[Streams, Streams]:
-    """(train, validation); `source` is the index of the music, or the anchors of the train split."""
+def streams(
+    entry: Entry, source: Path, clips: Path | None, music: MusicParams | None, params: MixitParams
+) -> tuple[Streams, Streams]:
+    """(train, validation); `source` is the index of the music, or the anchors of the train split, with its clips."""
     shared: dict[str, Any] = {
         "seconds": entry.params.segment_seconds,
         "batch_size": params.batch_size,
-        "max_stems": params.max_stems,
         "snr_range": params.mom_snr_range,
-        "random_subsets": params.random_subsets,
     }
     seeds = [seed_of(params.seed, purpose) for purpose in (mixit.TRAIN, mixit.VALIDATION)]
+    n_items = params.n_validation_moms
+    if music is None and entry.params.mixtures == "whole":
+        if clips is None:
+            raise ValueError(f"{entry.name}: mixtures of clips as they are need the clips")
+        return (
+            clip_streams(clips, source, "train", seed=seeds[0], n_items=None, **shared),
+            clip_streams(clips, source, "validation", seed=seeds[1], n_items=n_items, **shared),
+        )
+    shared |= {"max_stems": params.max_stems, "random_subsets": params.random_subsets}
     if music is None:
-        n_items = params.n_validation_moms
         return (
             anchor_streams(source, "train", seed=seeds[0], n_items=None, **shared),
             anchor_streams(source, "validation", seed=seeds[1], n_items=n_items, **shared),
         )
+    shared["mixtures"] = entry.params.mixtures
     return (
         music_streams(source, "train", music, seed=seeds[0], fixed=False, **shared),
         music_streams(source, "validation", music, seed=seeds[1], fixed=True, **shared),
@@ -85,16 +94,17 @@ def train_mixit(
     music: MusicParams | None,
     pretrained: Path | None,
     told: dict[str, float],
+    clips: Path | None = None,
     sed: Path | None = None,
 ) -> dict[str, Any]:
     """Train one entry into `out`: weights.safetensors and config.json, which is returned.
 
-    `told` gets what it took, and `sed` is the folder with the detector that goes along.
+    `told` gets what it took, `clips` are those of the train split, and `sed` has the detector that goes along.
     """
     use_available_cores()
     use_precision(params.precision)
     device = choose_device(params.device)
-    train, held_out = streams(entry, source, music, params)
+    train, held_out = streams(entry, source, clips, music, params)
     train.check_batch(params.batch_size, "mixit")
     steps = train.steps(entry.params.epochs, params.batch_size)
     torch.manual_seed(params.seed)
@@ -112,6 +122,7 @@ def train_mixit(
     untried = entry.params.pretrained and weights is None
     identity = json.dumps([entry.name, entry.params.model_dump(), entry.model, str(device)], sort_keys=True)
     inputs = [source / "index.parquet", source / "index.json"] if music is None else sorted(source.glob("*.parquet"))
+    inputs += [] if clips is None else [clips / "manifest.csv"]
     scratch = scratch_dir(
         f"train_mixit-{entry.name}",
         fingerprint(identity, params, *([music] if music else []), *([weights] if weights else []), *inputs),
@@ -151,6 +162,7 @@ def train_mixit(
         "architecture": entry.params.architecture,
         "model": entry.model,
         "data": entry.data,
+        "mixtures": entry.params.mixtures,
         "sample_rate": train.sample_rate,
         "segment_seconds": list(train.seconds),
         "pretrained": entry.params.pretrained,
@@ -244,9 +256,10 @@ def main() -> None:
     """Paths come from dvc.yaml, numbers from params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="an entry of the section")
-    parser.add_argument("--data", choices=["music", "anchors"], required=True)
+    parser.add_argument("--data", choices=["music", "clips"], required=True)
     parser.add_argument("--source", type=Path, required=True, help="the index of the music, or anchors of train")
-    parser.add_argument("--sed", type=Path, help="detector, for use elsewhere; of anchors alone")
+    parser.add_argument("--clips", type=Path, help="clips of train, for an entry of mixit_clips")
+    parser.add_argument("--sed", type=Path, help="detector, for use elsewhere; of mixit_clips alone")
     parser.add_argument("--pretrained", type=Path, help="where stage pretrain_performer wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--curve", type=Path, required=True)
@@ -267,6 +280,7 @@ def main() -> None:
             music=music,
             pretrained=pretrained,
             told=told,
+            clips=args.clips,
             sed=args.sed,
         )
         log.info("%s: %s", args.name, config)

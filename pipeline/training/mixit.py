@@ -1,7 +1,8 @@
 """Mixture-invariant training: what its entries of params.yaml say, the data they meet, and their loss.
 
-An entry learns from music (`mixit_music:`, the stems of tracks, at music.sample_rate) or from the chain's own anchors
-(`mixit_anchors:`). It sees sums of two mixtures and never a stem: those are for evaluation.
+An entry learns from music (`mixit_music:`, at music.sample_rate) or from the chain's own clips (`mixit_clips:`). It
+sees sums of two mixtures. These are recordings as they are (`mixtures: whole`: full mixes, pieces of clips), and then
+stems and anchors are for evaluation alone; or they are added up from isolated sources (`subsets`: stems, anchors).
 """
 
 from collections.abc import Sequence
@@ -20,15 +21,16 @@ from pipeline.core.config import Params, load_params
 from pipeline.core.devices import Precision, autocast
 from pipeline.core.runtime import outside, read_json
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
-from pipeline.mixtures.moms import AnchorMoms, Moms
-from pipeline.mixtures.tracks import MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
+from pipeline.mixtures.moms import AnchorMoms, ClipMoms, Moms, Part
+from pipeline.mixtures.shards import ClipReader
+from pipeline.mixtures.tracks import Mixtures, MomBatch, MomStream, MusicParams, SegmentReader, index_file, of_split
 from pipeline.nn.losses import Objective, Search, diversity_loss, mixit_loss, sparsity_loss
 from pipeline.separators import BlindSeparator, model_params, takes_query
 
 # First words after the seed of the streams: they share no draws.
 TRAIN, VALIDATION, TEST, SINGLE, BUCKET = range(5)
 
-Source = Literal["music", "anchors"]
+Source = Literal["music", "clips"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -59,10 +61,11 @@ class MixitParams(Params):
 
 
 class EntryParams(Params):
-    """One entry of `mixit_music:` or `mixit_anchors:`; `model` is a place in params.yaml, as mixit_models.performer."""
+    """One entry of `mixit_music:` or `mixit_clips:`; `model` is a place in params.yaml, as mixit_models.performer."""
 
     architecture: str
     model: str
+    mixtures: Mixtures
     segment_seconds: list[Annotated[float, Field(gt=0, le=3600)]] | None = Field(min_length=1)
     epochs: float = Field(gt=0, le=10**6)
     pretrained: bool
@@ -114,8 +117,8 @@ def read_entry(name: str, data: Source, path: Path = Path("params.yaml")) -> Ent
     params = load_params(f"mixit_{data}.{name}", EntryParams, path)
     if takes_query(params.architecture):
         raise ValueError(f"mixit_{data}.{name}.architecture: {params.architecture!r} needs a query")
-    if params.pretrained and data == "anchors":
-        raise ValueError(f"mixit_{data}.{name}.pretrained: the pretraining hears music; false is for anchors")
+    if params.pretrained and data == "clips":
+        raise ValueError(f"mixit_{data}.{name}.pretrained: the pretraining hears music; false is for clips")
     model = load_params(params.model, model_params(params.architecture), path).model_dump()
     return Entry(name, data, params, model)
 
@@ -162,6 +165,7 @@ def music_streams(
     seconds: Sequence[float] | None,
     seed: int,
     batch_size: int,
+    mixtures: Mixtures,
     max_stems: int,
     snr_range: Sequence[float],
     random_subsets: bool,
@@ -193,6 +197,7 @@ def music_streams(
                 seed=seed,
                 segment_samples=round(length * music.sample_rate),
                 batch_size=batch_size,
+                mixtures=mixtures,
                 max_stems=max_stems,
                 snr_range=(snr_range[0], snr_range[1]),
                 random_subsets=random_subsets,
@@ -205,7 +210,7 @@ def music_streams(
 
 def anchor_streams(
     anchors: Path,
-    part: Literal["train", "validation", "all"],
+    part: Part,
     *,
     seconds: Sequence[float] | None,
     seed: int,
@@ -235,6 +240,39 @@ def anchor_streams(
         for length in lengths
     ]
     return Streams(index.sample_rate, lengths, moms, moms[0].n_anchors * whole)
+
+
+def clip_streams(
+    clips: Path,
+    anchors: Path,
+    part: Part,
+    *,
+    seconds: Sequence[float] | None,
+    seed: int,
+    batch_size: int,
+    snr_range: Sequence[float],
+    n_items: int | None,
+) -> Streams:
+    """Streams of clips as they are, from one split of stage resample.
+
+    The `anchors` of the same split say the rate, and the length where `seconds` is None: what is scored has it.
+    """
+    index = AnchorIndex.load(anchors)
+    lengths = [index.segment_samples / index.sample_rate] if seconds is None else list(seconds)
+    reader = ClipReader(clips, index.sample_rate)
+    moms = [
+        ClipMoms(
+            reader,
+            seed=seed,
+            segment_samples=round(length * index.sample_rate),
+            batch_size=batch_size,
+            snr_range=(snr_range[0], snr_range[1]),
+            part=part,
+            n_items=n_items,
+        )
+        for length in lengths
+    ]
+    return Streams(index.sample_rate, lengths, moms, moms[0].seconds)
 
 
 def seed_of(seed: int, purpose: int) -> int:

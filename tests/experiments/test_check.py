@@ -33,7 +33,7 @@ def test_a_name_that_is_no_plain_name_is_refused(section, name):
         check_names(params)
 
 
-@pytest.mark.parametrize(("one", "other"), [("separators", "mae_separators"), ("mixit_music", "mixit_anchors")])
+@pytest.mark.parametrize(("one", "other"), [("separators", "mae_separators"), ("mixit_music", "mixit_clips")])
 def test_two_entries_that_would_write_the_same_files_are_refused(one, other):
     params = document()
     params[one]["twice"] = params[other]["twice"] = {}

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.ontology import classes
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
-from pipeline.mixtures.moms import AnchorMoms, is_validation
-from tests.corpora import write_sounds
+from pipeline.mixtures.moms import AnchorMoms, ClipMoms, is_validation
+from pipeline.mixtures.shards import ClipReader
+from tests.corpora import write_recordings, write_sounds
 
 RATE, SAMPLES = 8000, 2000
 CLASSES = (3, 72, 137, 300, 420, 506)
@@ -261,3 +262,102 @@ def test_clips_that_can_never_meet_are_an_error_and_not_a_pair(tmp_path):
     assert {mid for mid in reader.index.mids} == {classes()[3].mid, classes()[72].mid}
     with pytest.raises(ValueError, match="no two anchors in 100 pairs"):
         moms(reader, max_stems=1).batch(0)
+
+
+# --------------------------------------------------------------------------------------------------------------- clips
+
+N_CLIPS = 24
+
+
+def open_clips(directory, waveforms, recordings=None):
+    return ClipReader(write_recordings(directory, waveforms, RATE, recordings), RATE)
+
+
+def clip_moms(reader, **changes):
+    return ClipMoms(reader, **{"seed": 1, "segment_samples": SAMPLES, "batch_size": 4} | changes)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Clips of noise at levels of their own, three of each recording."""
+    rng = np.random.default_rng(0)
+    waveforms = {f"clip{n:02d}": rng.uniform(0.01, 0.2) * rng.standard_normal(2 * RATE) for n in range(N_CLIPS)}
+    recordings = {clip: f"recording{n // 3}" for n, clip in enumerate(waveforms)}
+    return open_clips(tmp_path_factory.mktemp("clips") / "train", waveforms, recordings)
+
+
+def test_both_mixtures_are_pieces_of_clips_as_they_are(found):
+    some = clip_moms(found)
+    for n in range(5):
+        batch = some.batch(n)
+        assert batch.mixtures.shape == (4, 2, SAMPLES)
+        assert (batch.stems.shape, batch.n_stems.any()) == ((4, 2, 0, SAMPLES), False)
+        for pair, mixtures in zip(batch.track_ids, batch.mixtures, strict=True):
+            for clip, mixture in zip(pair, mixtures, strict=True):
+                whole = found.waveform(clip)
+                start = int(np.argmax(np.abs(np.correlate(whole, mixture, "valid"))))
+                piece = whole[start : start + SAMPLES]
+                gain = float(mixture @ piece) / float(piece @ piece)
+                assert gain > 0
+                np.testing.assert_allclose(mixture, gain * piece, atol=1e-4)
+        assert np.abs(batch.mixtures.sum(axis=1)).max(axis=1) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_clips_meet_those_of_other_recordings_and_all_of_them_do(found):
+    pairs = Counter(pair for n in range(1000) for pair in clip_moms(found).describe(n))
+    recordings = {clip.clip_id: clip.recording for clip in found.clips.values()}
+    assert all(recordings[a] != recordings[b] for a, b in pairs)
+    assert len(pairs) == N_CLIPS * (N_CLIPS - 3)
+
+
+def test_batches_of_clips_are_a_function_of_seed_and_number(found):
+    later = clip_moms(found).batch(5)
+    assert same(later, clip_moms(found).batch(5))
+    assert not same(later, clip_moms(found).batch(6))
+    assert not same(later, clip_moms(found, seed=2).batch(5))
+    np.testing.assert_array_equal(clip_moms(found, batch_size=8).batch(2).mixtures[4:], later.mixtures)
+
+
+def test_levels_of_two_clips_differ_by_what_was_drawn(found):
+    some = clip_moms(found, snr_range=(-2.0, 4.0), batch_size=40)
+    batch = some.batch(0)
+    powers = energies(batch.mixtures)
+    np.testing.assert_allclose(10 * np.log10(powers[:, 0] / powers[:, 1]), batch.snr_db, atol=1e-2)
+    assert -2.01 < batch.snr_db.min() < -1
+    assert 3 < batch.snr_db.max() < 4.01
+
+
+def test_parts_of_clips_share_no_recording_and_a_fixed_set_ends(found):
+    parts = {}
+    for part in ("train", "validation"):
+        try:
+            some = clip_moms(found, part=part, n_items=6)
+        except ValueError as error:  # too few recordings to validate
+            assert "a pair needs two" in str(error)  # noqa: PT017
+            continue
+        parts[part] = {r for n in range(some.n_batches) for pair in some.batch(n).recordings for r in pair}
+        assert [len(some.batch(n).mixtures) for n in range(some.n_batches)] == [4, 2]
+        with pytest.raises(IndexError):
+            some.batch(2)
+        assert all(is_validation(recording) == (part == "validation") for recording in parts[part])
+    assert "train" in parts
+
+
+def test_silence_in_a_clip_is_passed_over_and_short_clips_are_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    waveforms = {f"clip{n}": np.zeros(10 * SAMPLES) for n in range(4)}
+    for waveform in waveforms.values():
+        waveform[7 * SAMPLES : 7 * SAMPLES + 300] = 0.1 * rng.standard_normal(300)
+    waveforms["short"] = 0.1 * rng.standard_normal(SAMPLES - 1)
+    some = clip_moms(open_clips(tmp_path / "clips", waveforms), batch_size=20)
+    assert some.seconds == 4 * 10 * SAMPLES / RATE
+    batch = some.batch(0)
+    assert batch.mixtures.any(axis=2).all()
+    assert "short" not in {clip for pair in batch.track_ids for clip in pair}
+
+
+def test_clips_of_one_recording_make_no_pair(tmp_path):
+    waveforms = {f"clip{n}": np.full(RATE, 0.1) * (-1) ** np.arange(RATE) for n in range(3)}
+    reader = open_clips(tmp_path / "clips", waveforms, dict.fromkeys(waveforms, "one"))
+    with pytest.raises(ValueError, match=r"3 clips of 0\.25 s or more, of 1 recordings, in all: a pair needs two"):
+        clip_moms(reader)

@@ -450,6 +450,43 @@ def test_the_index_is_the_same_whatever_order_tracks_come_in(tmp_path):
     pd.testing.assert_frame_equal(expected, again)
 
 
+def write_again(root: Path, track: Track, name: str, subset: str | None = None, suffix: str = ".flac") -> Track:
+    """The same song under another name, in another kind of file."""
+    for path in (root / track.track_id).iterdir():
+        waveform, rate = soundfile.read(path)
+        (root / name).mkdir(parents=True, exist_ok=True)
+        soundfile.write(root / name / f"{path.stem}{suffix}", waveform, rate, subtype="PCM_16")
+    stems = tuple(Stem(stem.name, (f"{name}/{stem.name}{suffix}",)) for stem in track.stems)
+    return Track(name, f"artist of {name}", subset, stems, None)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0])
+def test_the_same_song_under_two_names_is_on_one_side_and_counted(tmp_path, seconds):
+    tracks = [song(tmp_path, f"t{i}", 2.0) for i in range(8)]
+    tracks += [write_again(tmp_path, track, f"copy{i}") for i, track in enumerate(tracks)]
+    for seed in range(5):
+        table, passed = segments(tracks, tmp_path, seconds, 0.7, fractions=(0.5, 0.25, 0.25), seed=seed)
+        split = dict(zip(table["track_id"], table["split"], strict=True))
+        recording = dict(zip(table["track_id"], table["recording"], strict=True))
+        assert all(split[f"t{i}"] == split[f"copy{i}"] for i in range(8))
+        assert all(recording[f"t{i}"] == recording[f"copy{i}"] for i in range(8))
+        assert len(set(recording.values())) == 8
+        assert passed.repeats["repeated_sounds"] == 8
+    shorter = [*tracks[:8], song(tmp_path, "t0", 1.9)]
+    assert segments(shorter[1:], tmp_path, seconds, 0.7)[1].repeats["repeated_sounds"] == 0
+
+
+def test_a_song_that_the_source_trains_on_and_holds_out_is_left_out_of_train(tmp_path):
+    named = [("a", "train"), ("b", "train"), ("c", "validation"), ("d", "test")]
+    tracks = [Track(name, None, subset, song(tmp_path, name).stems, None) for name, subset in named]
+    tracks += [write_again(tmp_path, tracks[3], "d in train", "train"), write_again(tmp_path, tracks[0], "a2", "train")]
+    table, passed = segments(tracks, tmp_path, 1.0, 1.0, how="source")
+    assert set(table.loc[table["split"] == "train", "track_id"]) == {"a", "a2", "b"}
+    assert set(table.loc[table["split"] == "test", "track_id"]) == {"d"}
+    assert passed.counts["also_held_out"] == 1
+    assert passed.repeats["repeated_sounds"] == 2
+
+
 def test_the_reports_split_is_of_segments_and_its_test_is_its_validation(tmp_path):
     tracks = [song(tmp_path, name, 5.0, "bass") for name in "ab"]
     manifest, _ = segments(tracks, tmp_path, 1.0, 1.0, how="report")
@@ -701,6 +738,19 @@ def test_levels_stay_in_range_and_stems_add_up(corpus):
     assert set(sizes) == {1, 2, 3}
     whole = stream(corpus, random_subsets=False, max_stems=6).batch(0)
     assert (whole.n_stems == 4).all()
+
+
+def test_a_whole_mixture_is_the_sum_of_all_stems_and_tells_none(corpus):
+    root, manifest = corpus
+    whole = stream(corpus, mixtures="whole", fixed=True, snr_range=(0.0, 0.0)).batch(0)
+    assert not whole.n_stems.any()
+    assert not whole.stems.any()
+    assert whole.stem_names == 4 * (((), ()),)
+    reader = SegmentReader(root, manifest, RATE)
+    label = {(row.track_id, row.offset): k for k, row in ((int(k), reader.row(int(k))) for k in manifest.index)}
+    for (track, _), mixtures in zip(whole.track_ids, whole.mixtures, strict=True):
+        windows = [reader.stems(k).sum(axis=0) for (name, _), k in label.items() if name == track]
+        assert any(np.allclose(mixtures[0], window, atol=1e-5) for window in windows)
 
 
 def test_training_pieces_begin_anywhere_unless_told_otherwise(corpus):

@@ -73,7 +73,7 @@ def test_what_a_run_lacks_is_left_out():
 def test_the_difference_of_two_runs_fits_a_pull_request(tmp_path):
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     models = [*params["separators"], *params["mae_separators"]]
-    mixit = [*params["mixit_music"], *params["mixit_anchors"]]
+    mixit = [*params["mixit_music"], *params["mixit_clips"]]
     rng = np.random.default_rng(0)
 
     class Every(dict):

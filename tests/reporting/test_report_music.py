@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.io import wavfile
 
 from pipeline.reporting import blind, charts
-from pipeline.reporting.blind import ISOLATED, BlindResult
+from pipeline.reporting.blind import ISOLATED, WHOLE, BlindResult
 from pipeline.reporting.blind_tables import PRETRAINING_RAN_OUT, blind_tables, cost_table
 from pipeline.reporting.gates import Bound, evaluate_gates
 from pipeline.reporting.inputs import read_timings
@@ -26,6 +26,7 @@ from tests.stages.test_report import PARAMS, RATE, make_run, make_scores, write_
 ENTRY = {
     "architecture": "performer",
     "data": "music",
+    "mixtures": "subsets",
     "segment_seconds": [3.0],
     "pretrained": False,
     "diversity": 0.0,
@@ -40,10 +41,10 @@ ENTRIES = {
     "tasnet_30": {**ENTRY, "architecture": "conv_tasnet", "segment_seconds": [30.0], "model": {"blocks": 4}},
     "pretrained_3": {**ENTRY, "pretrained": True},
     "auxiliary_10": {**ENTRY, "segment_seconds": [10.0], "diversity": 0.1, "sparsity": 0.1, "sparsity_form": "l1l2"},
-    "sounds_2": {**ENTRY, "data": "anchors", "segment_seconds": [2.0]},
+    "sounds_2": {**ENTRY, "data": "clips", "segment_seconds": [2.0]},
+    "found_2": {**ENTRY, "data": "clips", "mixtures": "whole", "segment_seconds": [2.0]},
     "never": {**ENTRY, "segment_seconds": [7.0]},
 }
-MUSIC = f"music, {ISOLATED}"
 FILES = {"mixit.md", "mixit_length.svg", "mixit_training.svg", "mixit_pretraining.svg"}
 
 
@@ -78,7 +79,7 @@ def summary_of(name, snr=8.0, overlap=0.1, **changes):
     tasnet = entry["architecture"] == "conv_tasnet"
     summary = {
         "status": "ok",
-        **{key: entry[key] for key in ("architecture", "data", "pretrained", "diversity", "sparsity")},
+        **{key: entry[key] for key in ("architecture", "data", "mixtures", "pretrained", "diversity", "sparsity")},
         "segment_seconds": entry["segment_seconds"][0],
         "sample_rate": RATE,
         "n_sources": 8,
@@ -105,7 +106,7 @@ def summary_of(name, snr=8.0, overlap=0.1, **changes):
         "pairs": None,
         "examples": [],
     }
-    if entry["data"] == "anchors":
+    if entry["data"] == "clips":
         numbers = {key: 6.66 for key in ("sdri_class_median_mean", "sdri_class_mean_mean")}
         summary["pairs"] = {"n": 1234, "n_classes": 3, **numbers, "si_sdri_class_median_mean": 5.55}
         summary["stems"] = None
@@ -139,7 +140,7 @@ def write_examples(root, name, n=1, seconds=3.0, n_outputs=6):
 def write_music(root, summaries, params=ENTRIES, source="synthetic_stems"):
     """A finished run with unsupervised separators: everything of `test_report.make_run`, and theirs."""
     sections = f"music: {json.dumps({'source': source})}\n"
-    for data in ("music", "anchors"):
+    for data in ("music", "clips"):
         entries = {name: {**entry} for name, entry in params.items() if entry["data"] == data}
         for entry in entries.values():
             del entry["data"]  # the section says it
@@ -233,7 +234,7 @@ def test_an_entry_that_ran_out_of_memory_has_that_and_no_scores(run):
     assert metrics["mixit.tasnet_30.out_of_memory"] == 1
     assert own == {"out_of_memory", "n_parameters", "n_sources", "steps", "sample_rate"}
     row = row_of((run / "mixit.md").read_text(), "Scores", "tasnet_30")
-    assert row[1:5] == ["conv_tasnet", MUSIC, "30 s", "MixIT alone"]
+    assert row[1:5] == ["conv_tasnet", f"music, {ISOLATED}", "30 s", "MixIT alone"]
     assert row[5:] == ["out of memory", DASH, DASH, DASH, "9,100,000"]
 
 
@@ -282,7 +283,9 @@ def test_scores_of_every_entry_stand_beside_those_of_doing_nothing(run):
         "4,321,000",
     ]
     nothing = [row for row in rows if row[0] == "doing nothing"]
-    assert [row[2:4] for row in nothing] == [[MUSIC, "3 s"], [MUSIC, "10 s"], [f"anchors, {ISOLATED}", "2 s"]]
+    assert [row[2:4] for row in nothing] == [
+        *(["nothing (music)", "3 s"], ["nothing (music)", "10 s"], ["nothing (clips)", "2 s"])
+    ]
     mixtures = ["2.98 [2.48, 3.48]", f"{MINUS}0.03 [{MINUS}0.53, 0.47]"]
     assert nothing[0][5:] == ["0.00", "0.00", *mixtures, DASH]
     assert nothing[2][6] == DASH  # no stems were scored there
@@ -302,12 +305,12 @@ def test_mixtures_of_mixtures_that_differ_have_rows_of_their_own(tmp_path):
 def test_every_table_but_that_of_time_has_rows_that_do_nothing(run):
     text = (run / "mixit.md").read_text()
     for length in ("3 s", "10 s"):
-        masks = row_of(text, "Masks", "doing nothing", "equal shares", MUSIC, length)
+        masks = row_of(text, "Masks", "doing nothing", "equal shares", "nothing (music)", length)
         assert masks[4:] == [DASH, "1.00", "8.00", "8.00"]
-        stems = row_of(text, "Stems", "doing nothing", "equal shares", MUSIC, length)
+        stems = row_of(text, "Stems", "doing nothing", "equal shares", "nothing (music)", length)
         assert stems[4:] == [DASH, "0.00", *[DASH] * 6]
     for title in ("Scores", "Stems", "Masks"):
-        rows = [row for row in rows_of(text, title) if row[2] == MUSIC]
+        rows = [row for row in rows_of(text, title) if "music" in row[2]]
         lengths = [float(row[3].removesuffix(" s")) for row in rows]
         assert lengths == sorted(lengths)
 
@@ -338,14 +341,19 @@ def test_an_entry_tested_at_several_lengths_has_a_row_for_each_and_a_place_in_th
     assert unsupervised.length_drawing([longest, shorter]) != unsupervised.length_drawing([longest])
 
 
-def test_every_table_says_that_the_mixtures_are_sums_of_isolated_sources(run):
+def test_every_table_says_which_mixtures_were_learnt_from(run):
     text, page = (run / "mixit.md").read_text(), (run / "report.html").read_text()
     for title in ("Scores", "Stems", "Masks"):
         rows = rows_of(text, title)
         assert rows
-        assert all(any(cell.endswith(ISOLATED) for cell in row) for row in rows), title
+        learnt = {row[0].split(" (")[0]: row[2] for row in rows}
+        assert learnt["performer_3"] == f"music, {ISOLATED}", title
+        if title != "Stems":  # of those no stems were scored here
+            assert (learnt["sounds_2"], learnt["found_2"]) == (f"clips, {ISOLATED}", f"clips, {WHOLE['clips']}"), title
     assert ISOLATED in page[page.index("<h3>Time and memory of training") : page.index("<h3>By length")]
-    assert f"sounds_2 (MixIT {ISOLATED}, best assignment)" in (run / "table1.md").read_text()
+    table = (run / "table1.md").read_text()
+    assert f"sounds_2 (MixIT {ISOLATED}, best assignment)" in table
+    assert "found_2 (MixIT from clips as they are, best assignment)" in table
 
 
 def test_the_stems_are_reported_and_what_is_undefined_is_a_dash(run):

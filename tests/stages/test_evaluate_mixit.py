@@ -49,7 +49,7 @@ def write_separator(directory, architecture, data, **changes):
     save_file({name: t.contiguous() for name, t in separator.state_dict().items()}, directory / "weights.safetensors")
     config = {
         **{"architecture": architecture, "model": MODELS[architecture], "data": data, "sample_rate": RATE},
-        **{"segment_seconds": [0.25], "pretrained": False, "diversity": 0.1, "sparsity": 0.0},
+        **{"mixtures": "whole", "segment_seconds": [0.25], "pretrained": False, "diversity": 0.1, "sparsity": 0.0},
         **{"sparsity_form": "report", "n_sources": 4, "n_parameters": 1234, "status": "ok", "steps": 12},
         "best_step": 8,
     }
@@ -89,11 +89,11 @@ def world(tmp_path_factory):
     anchors, pairs = write_sounds(root / "anchors" / "eval", sounds), write_pairs(root / "pairs" / "eval")
     tests = {
         "music": stage.Test("music", index, music, MIXIT, None),
-        "anchors": stage.Test("anchors", anchors, None, MIXIT, stage.EvalPairs(pairs, "joint")),
+        "clips": stage.Test("clips", anchors, None, MIXIT, stage.EvalPairs(pairs, "joint")),
     }
     separators = {
         "music": write_separator(root / "conv", "conv_tasnet", "music"),
-        "anchors": write_separator(root / "performer", "performer", "anchors"),
+        "clips": write_separator(root / "performer", "performer", "clips"),
     }
     return tests, separators
 
@@ -103,7 +103,7 @@ def results(world, tmp_path_factory):
     """Directory and summary of a run on either."""
     found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for data in ("music", "anchors"):
+        for data in ("music", "clips"):
             out = tmp_path_factory.mktemp("result") / "scores"
             monkeypatch.setenv("DVC_ROOT", str(out.parent))
             found[data] = out, run(world, data, out)
@@ -127,16 +127,15 @@ def opened(world, data):
         shared = {"seconds": [0.25], "seed": seed_of(MIXIT.seed, purpose), "batch_size": 1}
         shared["max_stems"] = 3 if purpose == mixit.SINGLE else 2
         shared["snr_range"] = MIXIT.mom_snr_range
-        if data == "anchors":
+        if data == "clips":
             return anchor_streams(test.source, "all", random_subsets=True, n_items=None, **shared).moms[0]
-        return music_streams(test.source, "test", test.music, random_subsets=random_subsets, fixed=True, **shared).moms[
-            0
-        ]
+        shared |= {"mixtures": "subsets", "random_subsets": random_subsets, "fixed": True}
+        return music_streams(test.source, "test", test.music, **shared).moms[0]
 
     return separator, streams
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_the_summary_has_every_number(results, data):
     _, summary = results[data]
     assert {key: summary[key] for key in ("status", "steps", "segment_seconds", "sample_rate", "n_sources")} == {
@@ -152,7 +151,7 @@ def test_the_summary_has_every_number(results, data):
     assert set(summary["stems"]) == {"n", "n_undefined", "si_snri", "si_snr", "sdr", "sir", "sar"}
     assert (summary["pairs"] is None) == (data == "music")
     numbers = [summary["moms"]["snr"], summary["masks"]["overlap"], summary["stems"]["si_snri"]]
-    if data == "anchors":
+    if data == "clips":
         assert (summary["pairs"]["n"], summary["pairs"]["n_classes"]) == (N_PAIRS, 4)
         numbers += [summary["pairs"][name] for name in summary["pairs"] if not name.startswith("n")]
     assert np.isfinite(numbers).all()
@@ -161,7 +160,7 @@ def test_the_summary_has_every_number(results, data):
     json.dumps(summary, allow_nan=False)
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_scores_of_mixtures_of_mixtures_are_those_of_each_worked_out_alone(world, results, data):
     out, summary = results[data]
     table = pd.read_parquet(out / "moms.parquet")
@@ -187,7 +186,7 @@ def test_scores_of_mixtures_of_mixtures_are_those_of_each_worked_out_alone(world
     assert summary["masks"]["ne_energy"] == pytest.approx(table["ne_energy"].mean(), abs=1e-3)
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_scores_of_stems_are_those_of_each_mixture_worked_out_alone(world, results, data):
     out, summary = results[data]
     table = pd.read_parquet(out / "mixtures.parquet")
@@ -212,10 +211,10 @@ def test_scores_of_stems_are_those_of_each_mixture_worked_out_alone(world, resul
 
 
 def test_pairs_are_scored_by_the_best_assignment_of_outputs(world, results):
-    out, summary = results["anchors"]
+    out, summary = results["clips"]
     table = pd.read_parquet(out / "pairs.parquet")
     assert table["pair"].tolist() == list(range(N_PAIRS))
-    test, separator = world[0]["anchors"], opened(world, "anchors")[0]
+    test, separator = world[0]["clips"], opened(world, "clips")[0]
     reader = AnchorReader(test.source, AnchorIndex.load(test.source))
     for pair, found in zip(pd.read_parquet(test.pairs.file).itertuples(), table.itertuples(), strict=True):
         mixture, target, interferer = mix(
@@ -244,7 +243,7 @@ def test_pairs_are_scored_by_the_best_assignment_of_outputs(world, results):
     assert summary["pairs"]["sdri_class_mean_mean"] == pytest.approx(means.mean(), abs=1e-3)
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_examples_are_the_first_mixtures_with_all_outputs(world, results, data):
     out, summary = results[data]
     separator, streams = opened(world, data)
@@ -268,7 +267,7 @@ def test_examples_are_the_first_mixtures_with_all_outputs(world, results, data):
             assert example["outputs_db"][n] == pytest.approx(level, abs=0.02)
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_a_second_run_gives_the_same_bytes(world, results, tmp_path, data):
     out, summary = results[data]
     assert run(world, data, tmp_path / "again") == summary
@@ -287,12 +286,12 @@ def test_a_run_that_died_over_the_pairs_goes_on_with_the_same_bytes(world, resul
 
     monkeypatch.setattr(stage, "pair_scores", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(world, "anchors", tmp_path / "scores")
+        run(world, "clips", tmp_path / "scores")
     assert not (tmp_path / "scores").exists()
     done.clear()
     monkeypatch.setattr(stage, "pair_scores", lambda *arguments: done.append(arguments) or score(*arguments))
-    assert run(world, "anchors", tmp_path / "scores") == results["anchors"][1]
-    assert content(tmp_path / "scores") == content(results["anchors"][0])
+    assert run(world, "clips", tmp_path / "scores") == results["clips"][1]
+    assert content(tmp_path / "scores") == content(results["clips"][0])
     assert sum(len(estimates) for estimates, _, _ in done) == N_PAIRS - 4  # the first part was there
 
 
@@ -354,7 +353,7 @@ def test_running_out_of_memory_is_a_result(world, tmp_path, monkeypatch, where):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(stage, where, runs_out)
     monkeypatch.setattr(devices, "memory_of_others", lambda device: (0, 10**12))
-    summary = run(world, "anchors", tmp_path / "scores")
+    summary = run(world, "clips", tmp_path / "scores")
     assert (summary["status"], summary["steps"], summary["n_parameters"]) == ("out_of_memory", 12, 1234)
     assert not {"moms", "stems", "masks", "pairs", "examples"} & set(summary)
     assert not content(tmp_path / "scores")
@@ -387,7 +386,7 @@ def test_every_entry_of_a_length_meets_the_same_mixtures(world):
             np.testing.assert_array_equal(np.concatenate([batch.mixtures for batch in some]), all_at_once[0].mixtures)
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_a_separator_of_another_sample_rate_is_refused(world, tmp_path, data):
     other = write_separator(tmp_path / "other", "performer", data, sample_rate=16000)
     with pytest.raises(ValueError, match="tiny was trained at 16000 Hz, and the test data are read at 8000 Hz"):

@@ -20,6 +20,7 @@ from pipeline.training.mixit import (
     Streams,
     anchor_streams,
     build_optimizer,
+    clip_streams,
     learning_rate_factor,
     loss_weights,
     music_streams,
@@ -27,12 +28,12 @@ from pipeline.training.mixit import (
     seed_of,
     training_losses,
 )
-from tests.corpora import write_sounds
+from tests.corpora import write_recordings, write_sounds
 from tests.tiny_mixit import CONV_TASNET, MIXIT, PERFORMER, PRETRAIN, RATE, SECONDS, entry, music_params, write_music
 
 ENTRY = {
     **{"architecture": "performer", "model": "mixit_models.performer", "segment_seconds": None, "epochs": 1.5},
-    **{"pretrained": False, "diversity": 0.0, "sparsity": 0.0, "sparsity_form": "report"},
+    **{"mixtures": "whole", "pretrained": False, "diversity": 0.0, "sparsity": 0.0, "sparsity_form": "report"},
 }
 
 
@@ -55,7 +56,7 @@ def write_params(path: Path, changes=None, data="music", **models) -> Path:
     return path
 
 
-@pytest.mark.parametrize("data", ["music", "anchors"])
+@pytest.mark.parametrize("data", ["music", "clips"])
 def test_an_entry_has_the_sizes_it_points_to(tmp_path, data):
     found = read_entry("one", data, write_params(tmp_path / "params.yaml", data=data))
     assert (found.name, found.data, found.model) == ("one", data, PERFORMER)
@@ -71,6 +72,7 @@ def test_an_entry_has_the_sizes_it_points_to(tmp_path, data):
         ({"epoch": 1.0}, {}, r"mixit_music\.one\.epoch: Extra inputs are not permitted"),
         ({"segment_seconds": []}, {}, r"mixit_music\.one\.segment_seconds: .*at least 1 item"),
         ({"diversity": -0.1}, {}, r"mixit_music\.one\.diversity: .*greater than or equal to 0"),
+        ({"mixtures": "stems"}, {}, r"mixit_music\.one\.mixtures: .*'whole' or 'subsets'"),
         ({"sparsity_form": "l2"}, {}, r"mixit_music\.one\.sparsity_form: .*'report' or 'l1l2'"),
         ({"architecture": "transformer"}, {}, "no separator 'transformer'; there are"),
         ({"architecture": "resunet"}, {}, r"mixit_music\.one\.architecture: 'resunet' needs a query"),
@@ -85,10 +87,10 @@ def test_a_mistake_names_its_key(tmp_path, changes, models, message):
         read_entry("one", "music", write_params(tmp_path / "params.yaml", changes, **models))
 
 
-def test_an_entry_of_anchors_cannot_be_pretrained(tmp_path):
-    path = write_params(tmp_path / "params.yaml", {"pretrained": True}, "anchors")
-    with pytest.raises(ValueError, match=r"mixit_anchors\.one\.pretrained: the pretraining hears music"):
-        read_entry("one", "anchors", path)
+def test_an_entry_of_clips_cannot_be_pretrained(tmp_path):
+    path = write_params(tmp_path / "params.yaml", {"pretrained": True}, "clips")
+    with pytest.raises(ValueError, match=r"mixit_clips\.one\.pretrained: the pretraining hears music"):
+        read_entry("one", "clips", path)
 
 
 def test_an_entry_that_is_not_there_is_named(tmp_path):
@@ -110,7 +112,7 @@ def test_the_sections_of_the_project_are_those_that_are_read():
     assert load_params("mixit", MixitParams, path).max_stems >= 1
     pretrain = load_params("pretrain_performer", PretrainPerformerParams, path)
     assert pretrain.segment_seconds is None or pretrain.segment_seconds in music.segment_seconds
-    for data in ("music", "anchors"):
+    for data in ("music", "clips"):
         for name in YAML(typ="safe").load(path)[f"mixit_{data}"]:
             found = read_entry(name, data, path)
             # What is pretrained loads its weights into its own sizes.
@@ -163,7 +165,7 @@ def test_every_batch_is_of_one_length_and_all_lengths_come():
 def open_music(music, **changes):
     index, params = music
     options = {"seconds": None, "seed": 0, "batch_size": 2, "max_stems": 3, "snr_range": [-5.0, 5.0]}
-    options |= {"random_subsets": True, "fixed": False}
+    options |= {"mixtures": "subsets", "random_subsets": True, "fixed": False}
     return music_streams(index, changes.pop("split", "train"), params, **options | changes)
 
 
@@ -212,6 +214,24 @@ def test_anchor_streams_are_whole_anchors_of_their_part_where_no_length_is_said(
     short = anchor_streams(directory, "train", seconds=[0.125, 0.25], n_items=None, **options)
     assert {short.load(n, 0).mixtures.shape[2] for n in range(12)} == {1000, 2000}
     assert short.epoch_seconds == (160 - n_held_out) * 0.25
+
+
+def test_clip_streams_have_the_length_of_the_anchors_and_as_much_audio_as_the_clips(tmp_path):
+    sounds = [(f"c{index}x{number}", index, [index]) for index in (3, 72) for number in range(40)]
+    anchors = write_sounds(tmp_path / "anchors", sounds)
+    rng = np.random.default_rng(0)
+    noises = {clip: 0.1 * rng.standard_normal(3 * RATE) for clip, _, _ in sounds}
+    clips = write_recordings(tmp_path / "clips", noises, RATE)
+    n_held_out = sum(is_validation(clip) for clip in noises)
+    options = {"seconds": None, "seed": 0, "batch_size": 2, "snr_range": [-5.0, 5.0]}
+    for part, n_clips, n_items in (("train", 80 - n_held_out, None), ("validation", n_held_out, 6)):
+        streams = clip_streams(clips, anchors, part, n_items=n_items, **options)
+        assert isinstance(streams.moms[0], Moms)
+        assert (streams.sample_rate, list(streams.seconds)) == (RATE, [0.25])
+        assert streams.epoch_seconds == n_clips * 3.0
+        assert streams.load(0, 0).mixtures.shape == (2, 2, 2000)
+        heard = {clip for n in range(3) for pair in streams.moms[0].describe(n) for clip in pair}
+        assert all(is_validation(clip) == (part == "validation") for clip in heard)
 
 
 def test_moms_of_music_and_of_anchors_are_the_same_kind(music):

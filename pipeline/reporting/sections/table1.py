@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.reporting import charts, published
-from pipeline.reporting.blind import ISOLATED, read_results
+from pipeline.reporting.blind import ISOLATED, WHOLE, read_results
 from pipeline.reporting.comparability import comparison_table, comparisons
 from pipeline.reporting.headline import HALF_MIXTURE, SHARES, shares
 from pipeline.reporting.run import Run
@@ -21,10 +21,13 @@ from pipeline.reporting.tables import DASH, Cell, Row, Table, count, db, markdow
 log = logging.getLogger(__name__)
 
 HALF = "half of the mixture, nothing separated"
-UNSUPERVISED = f"MixIT {ISOLATED}, best assignment"
+UNSUPERVISED = {
+    False: f"MixIT from clips {WHOLE['clips']}, best assignment",
+    True: f"MixIT {ISOLATED}, best assignment",
+}
 BEST_ASSIGNMENT = (
-    f"{UNSUPERVISED}: the model learnt from mixtures that were added up from isolated sources (anchors, stems), not "
-    "from recordings of several at once. It has no query, and of the ways to sort its outputs the one that fits the "
+    "MixIT, best assignment: the model learnt from mixtures of two mixtures, which are pieces of clips as they are, or "
+    f"{ISOLATED} (sums of anchors). It has no query, and of the ways to sort its outputs the one that fits the "
     "references best is taken. Nobody who separates has those: an upper bound, and no competitor of a query."
 )
 
@@ -55,10 +58,10 @@ class System:
 
 @dataclass(frozen=True)
 class Data:
-    """The run, names of its separators without queries, and what each class gains by features."""
+    """The run, its separators without queries and what they learnt from, and what each class gains by features."""
 
     run: Run
-    blind: list[str]
+    blind: dict[str, str]
     gains: pd.DataFrame  # of `published.class_gains`
 
 
@@ -89,7 +92,8 @@ doing nothing, and figures of Zhao et al.</p>
 
     def read(self, run: Run) -> Data:
         """Read the scores, and the spectra of the anchors."""
-        blind = [result.name for result in read_results(run.places.summaries, run.settings.blind, {}, {})]
+        results = read_results(run.places.summaries, run.settings.blind, {}, {})
+        blind = {result.name: UNSUPERVISED[result.subsets] for result in results}
         flatness = published.flatness_by_class(run.places.anchors / "eval")
         frozen = published.as_published(run.settings.with_features)
         gains = published.class_gains(run.statistics.per_class, run.models[0], frozen, flatness)
@@ -121,7 +125,7 @@ doing nothing, and figures of Zhao et al.</p>
         return {
             "n_resamples": settings.report.bootstrap_resamples,
             "table": systems_table([*rows, *published_systems()]),
-            "notes": [*([BEST_ASSIGNMENT] if any(UNSUPERVISED in row.name for row in rows) else []), *data.run.notes],
+            "notes": [*([BEST_ASSIGNMENT] if any("(MixIT" in row.name for row in rows) else []), *data.run.notes],
             "warnings": warnings,
             "shares": shares_table(rows),
             "several": len(data.run.models) > 1,
@@ -132,21 +136,21 @@ doing nothing, and figures of Zhao et al.</p>
 
 
 def our_systems(
-    metrics: Metrics, models: Sequence[str], queries: Sequence[str], blind: Sequence[str] = ()
+    metrics: Metrics, models: Sequence[str], queries: Sequence[str], blind: Mapping[str, str] | None = None
 ) -> list[System]:
     """One row per model and query that has numbers, in this order; those of the separators without queries
-    that were scored on the same pairs; then what half of the mixture scores.
+    that were scored on the same pairs, `blind` with what they learnt from; then what half of the mixture scores.
     """
 
     def below(prefix: str) -> dict[str, int | float]:
         return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
     rows = [System(model, query, below(f"{model}.{query}.")) for model in models for query in queries]
-    for name in blind:
+    for name, learnt in (blind or {}).items():
         if numbers := below(f"mixit.{name}.pairs_"):
             if (n_pairs := metrics.get(f"mixit.{name}.n_pairs")) is not None:
                 numbers["n_pairs"] = n_pairs
-            rows.append(System(f"{name} ({UNSUPERVISED})", DASH, numbers))
+            rows.append(System(f"{name} ({learnt})", DASH, numbers))
     if numbers := below(f"{HALF_MIXTURE}."):
         # SDR rewards turning down what one cannot separate: 3 dB at 0 dB. SI-SDR does not.
         numbers |= {"si_sdri_class_median_mean": 0.0, "si_sdri_class_mean_mean": 0.0}

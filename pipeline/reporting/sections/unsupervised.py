@@ -189,10 +189,10 @@ coded as above.</p>{% endif %}
 
 def _series(results: Sequence[BlindResult]) -> dict[str, str]:
     """A label for every signature, different ones for different signatures."""
-    several = len({result.data for result in results}) > 1
+    several = len({result.mixtures for result in results}) > 1
     labels: dict[str, str] = {}
     for result in results:
-        label = ", ".join([result.architecture, *([result.data] if several else []), result.extras])
+        label = ", ".join([result.architecture, *([result.mixtures] if several else []), result.extras])
         if result.signature not in labels:
             labels[result.signature] = f"{label} ({result.name})" if label in labels.values() else label
     return labels
