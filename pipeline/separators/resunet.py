@@ -112,7 +112,7 @@ class DualPath(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels frames bins"], query: Float[Tensor, "batch *windows query_dim"]
     ) -> Float[Tensor, "batch channels frames bins"]:
-        """Keep the shape."""
+        """Change each bottom frame and bin by all others; the shape stays."""
         # Sequences of (batch, frames, bins, channels) over its third axis, then over its second.
         for pre, gru, leave, order in zip(self.pres, self.grus, self.leaves, ((0, 2, 3, 1), (0, 3, 2, 1)), strict=True):
             sequences = pre(x, query).permute(order)

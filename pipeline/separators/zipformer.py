@@ -156,7 +156,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch frames width"], query: Float[Tensor, "batch 1 query_hidden"]
     ) -> Float[Tensor, "batch frames width"]:
-        """Keep the shape."""
+        """Change each frame by its neighbours as the query says; the shape stays."""
         weights = self.weights(x)
         h = x + self.perceptrons[0](x)
         h = h + self.gated(h, weights)
