@@ -479,7 +479,7 @@ def test_the_same_song_under_two_names_is_on_one_side_and_counted(tmp_path, seco
 def test_a_song_that_the_source_trains_on_and_holds_out_is_left_out_of_train(tmp_path):
     named = [("a", "train"), ("b", "train"), ("c", "validation"), ("d", "test")]
     tracks = [Track(name, None, subset, song(tmp_path, name).stems, None) for name, subset in named]
-    tracks += [write_again(tmp_path, tracks[3], "d in train", "train"), write_again(tmp_path, tracks[0], "a2", "train")]
+    tracks += [write_again(tmp_path, tracks[3], "d_again", "train"), write_again(tmp_path, tracks[0], "a2", "train")]
     table, passed = segments(tracks, tmp_path, 1.0, 1.0, how="source")
     assert set(table.loc[table["split"] == "train", "track_id"]) == {"a", "a2", "b"}
     assert set(table.loc[table["split"] == "test", "track_id"]) == {"d"}

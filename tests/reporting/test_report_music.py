@@ -171,6 +171,7 @@ def all_summaries():
         "pretrained_3": summary_of("pretrained_3", snr=9.0),
         "auxiliary_10": summary_of("auxiliary_10", snr=7.0),
         "sounds_2": summary_of("sounds_2"),
+        "found_2": summary_of("found_2"),
     }
 
 
