@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             parity, out = export(args)
-    except (Unusable, OSError) as error:
+    except (ValueError, OSError) as error:  # Unusable, and a params.yaml that does not fit
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
