@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 
 def commands() -> dict[str, str]:
     """Map each command to its module: `separate` and its like, and one per file of experiments/ and stages/."""
-    found = {name: f"pipeline.{name}" for name in ("separate", "export")} | {"unpack": "pipeline.datasets._unpack"}
+    found = {name: f"pipeline.{name}" for name in ("separate", "export", "demo")}
+    found["unpack"] = "pipeline.datasets._unpack"
     for package in ("experiments", "stages"):
         names = sorted(path.stem for path in (HERE / package).glob("[a-z]*.py"))
         found |= {name: f"pipeline.{package}.{name}" for name in names}

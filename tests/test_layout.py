@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"reporting", "separate"},
-    {"export"},
+    {"export", "demo"},
     {"stages"},
     {"experiments", "__main__"},
 ]

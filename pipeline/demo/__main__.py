@@ -1,0 +1,7 @@
+"""`python -m pipeline.demo`."""
+
+import sys
+
+from pipeline.demo.command import main
+
+sys.exit(main())
