@@ -273,7 +273,7 @@ def _items(n: int, batch_size: int, n_items: int | None) -> range:
 
 
 def _to_half_scale(mixture: Float32[np.ndarray, " samples"]) -> np.float32:
-    """As loud as clips are: the gain that brings the loudest sample to half of full scale; 1 for silence."""
+    """Find the gain that brings the loudest sample to half of full scale, as loud as clips are; 1 for silence."""
     peak = np.abs(mixture).max()
     return np.float32(0.5 / peak if peak > 0 else 1.0)
 
