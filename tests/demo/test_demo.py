@@ -57,17 +57,12 @@ def test_without_gradio_the_command_says_what_is_missing(tmp_path, capsys, monke
 
 
 @pytest.mark.filterwarnings("ignore")  # of gradio itself
-def test_the_page_takes_an_upload_and_gives_sounds(separator, tmp_path):
-    pytest.importorskip("gradio", reason="gradio is not installed (extra `demo`)")
-    client = pytest.importorskip("gradio_client", reason="gradio is not installed (extra `demo`)")
-    blocks = command.page(command._gradio(tmp_path / "page"), separator, tmp_path / "page")
-    _, address, _ = blocks.launch(server_name=command.HOST, prevent_thread_lock=True, quiet=True)
-    try:
-        assert address.startswith(f"http://{command.HOST}:")
-        page = client.Client(address, verbose=False, download_files=str(tmp_path / "got"))
-        file = client.handle_file(str(sound(tmp_path / "x.wav")))
-        found = page.predict(file, ["Dog"], None, False, api_name="/separate")
-        shown = [one for one in found if isinstance(one, dict) and one.get("visible")]
-        assert [one["label"] for one in shown[::2]] == ["mixture", "Dog", "residual"]
-    finally:
-        blocks.close()
+def test_the_page_shows_what_a_file_becomes_and_refuses_in_a_line(separator, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra `demo`)")
+    blocks = command.page(gradio, separator, tmp_path / "page")
+    (work_on,) = (one.fn for one in blocks.fns.values() if one.api_name == "separate")
+    found = [one for one in work_on(str(sound(tmp_path / "x.wav")), ["Dog"], None, False) if one.visible]
+    assert [one.label for one in found] == ["mixture", "mixture", "Dog", "Dog", "residual", "residual"]
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(gradio.Error, match=r"^'text\.wav: "):
+        work_on(str(tmp_path / "text.wav"), ["Dog"], None, False)

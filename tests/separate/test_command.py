@@ -224,16 +224,17 @@ def test_an_output_that_is_a_file_is_refused(folder, tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_an_interruption_leaves_nothing_half_written(folder, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_leaves_nothing_half_written(folder, tmp_path, sent):
     sound(tmp_path / "x.wav", noise(2, 600 * RATE))
     args = [sys.executable, "-m", "pipeline.separate", tmp_path / "x.wav", "-n", folder, "-o", tmp_path / "out"]
     # A suite that runs in the background of a shell has SIGINT ignored, and its children would inherit that.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    heed = functools.partial(signal.signal, sent, signal.SIG_DFL)
     running = subprocess.Popen([*args, "--class", "Dog"], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not (tmp_path / "out/x").exists():  # the first block is at work
         assert running.poll() is None
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     _, said = running.communicate(timeout=120)
     assert running.returncode == 130
     assert said == "interrupted; what was finished is kept\n"
