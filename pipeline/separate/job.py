@@ -74,9 +74,12 @@ class Job:
         args, began, cpu = self.args, time.monotonic(), time.process_time()
         before = psutil.Process().memory_info().rss
         blocks = chosen_blocks(self.separator, args)
+        stacked, without = torch.stack(list(queries.values())) if queries else None, self.without
+        if stacked is not None and not self.queries:  # what was detected, and therefore sounds
+            without = self.separator.what_else_sounds(stacked, without)
         stream = self.separator.stream(
-            torch.stack(list(queries.values())) if queries else None,
-            without=self.without,
+            stacked,
+            without=without,
             channels=recording.channels,
             sample_rate=recording.sample_rate,
             blocks=blocks,

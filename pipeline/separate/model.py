@@ -222,7 +222,7 @@ class Separator:
         self,
         queries: Float[Tensor, "targets query_dim"] | None = None,
         *,
-        without: Query | None = None,
+        without: Query | Float[Tensor, "targets query_dim"] | None = None,
         channels: int,
         sample_rate: int,
         blocks: Blocks | None = None,
@@ -231,8 +231,8 @@ class Separator:
     ) -> Stream:
         """Open a stream that separates what is pushed into it, one stem per query, or all that a model without gives.
 
-        without   query of what is not wanted, for a model that takes one; Unusable for others. Such a model is also
-                  given, for each target, what the others are
+        without   query of what is not wanted, for a model that takes one; Unusable for others. One for all targets,
+                  or one for each (`what_else_sounds`)
         shifts    estimates of the recording at so many places of the network's grid are averaged: as many times slower
         """
         if isinstance(self.network, BlindSeparator):
@@ -262,19 +262,17 @@ class Separator:
             ordered=self.takes_queries,
         )
 
-    def _querying(self, queries: Float[Tensor, "targets query_dim"], without: Query | None) -> Any:
+    def _querying(
+        self, queries: Float[Tensor, "targets query_dim"], without: Query | Float[Tensor, "targets query_dim"] | None
+    ) -> Any:
         """Make the function that separates mixtures (rows, time) into (rows, targets, time)."""
         network, n_targets = self.network, len(queries)
         assert isinstance(network, QuerySeparator)
         self._check_without(without is not None)
         with torch.inference_mode():
             queries = queries.to(self.device)
-            unwanted = [] if without is None else [without.to(self.device)]
-            others = [[*queries[:k], *queries[k + 1 :], *unwanted] for k in range(n_targets)]
-            known = network.takes_interferer and bool(others[0])
-            queries = network.joint_query(
-                queries, torch.stack([torch.stack(q).mean(0) for q in others]) if known else None
-            )
+            other = None if without is None else without.to(self.device).expand_as(queries)
+            queries = network.joint_query(queries, other)
         at_once = GPU_BATCH if self.device.type == "cuda" else CPU_BATCH
 
         def separated(mono: Float[Tensor, "rows time"]) -> Float[Tensor, "rows targets time"]:
@@ -307,7 +305,7 @@ class Separator:
                   loudest first
         without   classes that are not wanted
 
-        A model that takes queries of what is not wanted is also given, for each target, what the others are. The stems
+        What the detector finds does sound: a model that takes what is not wanted is given it of each of them. The stems
         and the residual add up to the input. Unusable for an unknown class and for samples that are not finite.
         """
         audio = np.atleast_2d(np.asarray(waveform, np.float32))
@@ -325,9 +323,10 @@ class Separator:
                 return Stems({}, audio, sample_rate)
         elif targets is not None:
             raise Unusable(f"{self.folder} holds a separator without queries: it gives all sounds, unasked")
+        stacked, unwanted = torch.stack(list(queries.values())) if queries else None, self.query_without(without)
         stream = self.stream(
-            torch.stack(list(queries.values())) if queries else None,
-            without=self.query_without(without),
+            stacked,
+            without=self.what_else_sounds(stacked, unwanted) if detected and stacked is not None else unwanted,
             channels=len(audio),
             sample_rate=sample_rate,
             blocks=blocks,
@@ -346,6 +345,21 @@ class Separator:
         """Average the queries of classes that are not wanted; None for none. Unusable where the model takes none."""
         self._check_without(bool(classes))
         return torch.stack([self.query(one)[1] for one in classes]).mean(dim=0) if classes else None
+
+    def what_else_sounds(
+        self, queries: Float[Tensor, "targets query_dim"], without: Query | None = None
+    ) -> Float[Tensor, "targets query_dim"] | None:
+        """Average, for each of several sounds that are all in a recording, the queries of the others and `without`.
+
+        None where the model takes no such query, or nothing else sounds. Measured: the class that does sound beside a
+        target gains 0.8 dB of SI-SDR, one that does not costs 1.6; so it is for sounds that are known to be there.
+        """
+        network = self.network
+        if not isinstance(network, QuerySeparator) or not network.takes_interferer:
+            return without
+        unwanted = [] if without is None else [without]
+        others = [[*queries[:k], *queries[k + 1 :], *unwanted] for k in range(len(queries))]
+        return torch.stack([torch.stack(each).mean(dim=0) for each in others]) if others[0] else None
 
     def _check_without(self, asked: bool) -> None:
         if asked and isinstance(self.network, QuerySeparator) and not self.network.takes_interferer:

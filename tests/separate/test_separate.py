@@ -235,14 +235,18 @@ def test_what_is_not_wanted_changes_the_estimate_of_a_model_that_takes_it(told):
     assert np.abs(found[1] - found[0]).max() > 1e-4
 
 
-def test_targets_asked_for_together_are_what_the_others_are_not(told):
-    """A model that takes it is given, for each target, the mean of the others and of what is not wanted."""
-    audio, queries = noise(1, RATE), {name: torch.rand(8) for name in "abc"}
-    stems = told.separate(audio, RATE, queries)
-    others = (queries["b"] + queries["c"]) / 2
-    np.testing.assert_allclose(stems["a"][0], estimate(told, audio, queries["a"], others), atol=1e-5)
-    alone = told.separate(audio, RATE, {"a": queries["a"]})
-    np.testing.assert_allclose(alone["a"][0], estimate(told, audio, queries["a"], None), atol=1e-5)
+def test_of_sounds_that_are_all_there_each_is_told_of_the_others(told, body):
+    """The mean of the others and of what is not wanted; a model that takes no such query is told nothing."""
+    queries, other = torch.rand(3, 8), torch.rand(8)
+    found = told.what_else_sounds(queries, other)
+    torch.testing.assert_close(found[0], (queries[1] + queries[2] + other) / 3)
+    assert told.what_else_sounds(queries[:1]) is None
+    torch.testing.assert_close(told.what_else_sounds(queries[:1], other)[0], other)
+    assert body.what_else_sounds(queries) is None
+    audio = noise(1, RATE)
+    stream = told.stream(queries, without=found, channels=1, sample_rate=RATE)
+    estimates = np.concatenate([stream.push(audio), stream.flush()], axis=2)
+    np.testing.assert_allclose(estimates[1, 0], estimate(told, audio, queries[1], found[1]), atol=1e-5)
 
 
 def test_a_change_is_felt_as_far_as_a_filter_reaches(monkeypatch):
