@@ -76,9 +76,9 @@ ABLATIONS = (
     _one("fusion-attention", "model.fusion=attention", "looked up at the bottleneck"),
     _one("fusion-interferer", "model.fusion=interferer", "they tell what else sounds, by an objective of its own"),
     Ablation(
-        "interferer-random",
-        ("model.fusion=interferer", "model.upstream=random"),
-        "the same objective, without a feature to tell it by",
+        "interferer-untrained",
+        ("model.fusion=interferer", "model.upstream=mae_untrained"),
+        "the same objective, on an encoder of random weights",
     ),
     _one("fusion-none", "model.fusion=none", "the baseline through the same code"),
     _one("updated", "model.freeze_mae=false", "the encoder learns, all its layers are used"),
