@@ -29,7 +29,8 @@ class Section(Base[Cost]):
     template = """\
 {% if models.rows %}{{ models.html }}
 <p class="muted">Multiply-accumulates of convolutions and matrix products, the encoder's included; transforms and norms
-are not counted. The time of a training is that of processors, whatever else ran beside it.</p>
+are not counted. The time of a training is that of processors, whatever else ran beside it;
+of one that was interrupted, since it went on.</p>
 {% endif %}
 {% if stages.rows %}<details><summary>Time and memory of every stage</summary>{{ stages.html }}</details>
 {% else %}<p>No stage has left its timing.</p>{% endif %}"""
