@@ -51,7 +51,7 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, not %d.%d: make PYTHON=python3.12" % v[:2])'
 	python=$$($(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'); \
 	  $$python -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $$python -m venv --without-pip $(VENV) && $$python -m pip --python $(VENV)/bin/python install pip; }
-	@echo "Setting up $(VENV): some 2 GB to download and 5 GB of disk, minutes on a fast line; once."
+	@echo "Setting up $(VENV): some 2 GB to download and 6 GB of disk, minutes on a fast line; once."
 	@df -Pk . | awk 'NR == 2 && $$4 < 7000000 { print "error: " int($$4 / 1000000) " GB are free here, and the packages and the default run take 7"; exit 1 }'
 	$(VENV)/bin/python -m pip install --require-hashes -r requirements.txt
 	@printf '%s\n' '#!/bin/sh' 'PYTHONPATH="$(CURDIR)" exec "$(CURDIR)/$(VENV)/bin/python" -m pipeline.separate "$$@"' > $(VENV)/bin/separate

@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from pipeline import separators
 from pipeline.core.ontology import classes
 from pipeline.core.runtime import cpu_count, write_json
-from pipeline.evaluation.metrics import sdr, si_sdr
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.mixtures import shards
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader, anchor_key, write_index
 from pipeline.mixtures.mixing import mix
@@ -135,9 +136,8 @@ def score_one_at_a_time(root, pair, separator, average, oracle, filter_samples):
 
 def compare(root, pairs, reader, average, *, bss, chunk):
     """Seconds of each side over all pairs, and the largest difference between their scores in dB."""
-    params = EvaluateParams(
-        batch_size=4, pairs_per_part=chunk, bss=bss, bss_filter_samples=512, n_examples=0, device="cpu"
-    )
+    metrics = {"sdr": {}, "si_sdr": {}} | ({"bss_eval": {"filter_samples": 512}} if bss else {})
+    params = EvaluateParams(batch_size=4, pairs_per_part=chunk, metrics=metrics, n_examples=0, device="cpu")
     setup = Setup(
         run=f"bss={bss}", separator=root / "separator", pairs=root / "pairs.parquet", anchors=root / "anchors",
         queries=root / "queries.npz", examples=(), normalize="joint", params=params, device="cpu",

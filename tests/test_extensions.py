@@ -80,7 +80,29 @@ def clips(root, subset, counts):
     return iter(())
 '''
 SOURCE = DATASET.replace("Dataset", "Source")
+METRIC = '''
+"""Metric peak: how much louder the estimate's peak is than the target's."""
+
+import torch
+
+from pipeline.evaluation import metrics
+
+
+class Metric(metrics.Metric):
+    """One column, and its gain over the mixture's."""
+
+    columns = gains = ("peak",)
+
+    def __init__(self, *, floor: float = 1e-3) -> None:
+        self.floor = floor
+
+    def __call__(self, estimates, target, interferer):
+        """A ratio in dB."""
+        peaks = [x.abs().amax(dim=-1).clamp(min=self.floor) for x in (estimates, target[:, None])]
+        return {"peak": 20 * torch.log10(peaks[0] / peaks[1])}
+'''
 FILES = {
+    "evaluation/metrics/peak.py": METRIC,
     "separators/gain.py": SEPARATOR,
     "separators/fusions/louder.py": FUSION,
     "upstreams/level.py": UPSTREAM,
@@ -88,6 +110,27 @@ FILES = {
     "datasets/music/nowhere.py": SOURCE,
 }
 USE = {
+    "evaluation/metrics/peak.py": """
+import pandas as pd, torch
+from pipeline.evaluation import scores
+from pipeline.reporting.sections.table1 import our_systems, systems_table
+from pipeline.reporting.summary import summarise
+from pipeline.stages.evaluate import EvaluateParams
+params = EvaluateParams(
+    batch_size=1, pairs_per_part=1, metrics={"sdr": {}, "si_sdr": {}, "peak": {}}, n_examples=0, device="cpu"
+)
+assert params.metrics["peak"] == {"floor": 1e-3}
+waves = torch.randn(3, 4, 800)
+values = scores.score(waves[:, :1], waves[:, 1], waves[:, 2], waves[:, 3], params.build_metrics())
+assert set(values) == set(scores.schema(params.build_metrics()).names[8:]) and "peaki" in values
+rows = pd.DataFrame({name: column[:, 0] for name, column in values.items()}).assign(
+    model="one", query="average", pair=range(3), class_index=0, mid="/m/0bt9lr", target_clip=list("abc"),
+    target_recording=list("abc"), interferer_recording=list("bca"), interferer_class_index=1,
+)
+metrics = summarise(rows, {}, n_resamples=10, seed=0).metrics
+assert "one.average.peak_class_median_mean" in metrics and "mixture.peak_class_mean_mean" in metrics
+assert "PEAK" in systems_table(our_systems(metrics, ["one"], ["average"])).html
+""",
     "separators/gain.py": """
 import torch
 from pipeline import separators

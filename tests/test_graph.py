@@ -162,7 +162,7 @@ def test_a_setting_of_the_model_trains_and_evaluates_that_model_alone(project):
 
 def test_a_setting_of_a_separator_without_queries_trains_and_evaluates_it_alone(project):
     ours = {"train_mixit@conv_tasnet", "evaluate_mixit@conv_tasnet", "report"}
-    entry = "conv_tasnet: {architecture: conv_tasnet, model: mixit_models.conv_tasnet, segment_seconds: null, epochs: "
+    entry = "model: mixit_models.conv_tasnet, mixtures: whole, segment_seconds: null, epochs: "
     assert planned(project, entry + "1.0", entry + "2.0") == ours
 
 

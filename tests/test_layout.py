@@ -151,7 +151,7 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(profile, tmp_path / "params.yaml")
     # A dry run reads what a stage depends on, also where it would first be made: empty files and folders stand in.
-    entries = {data: list(YAML(typ="safe").load(profile)[f"mixit_{data}"]) for data in ("music", "anchors")}
+    entries = {data: list(YAML(typ="safe").load(profile)[f"mixit_{data}"]) for data in ("music", "clips")}
     made = {str(item) for stage in STAGES.values() for item in (*stage.outs, *stage.deps)}
     made |= {
         f"data/{folder}/{name}" for names in entries.values() for name in names for folder in ("mixit", "mixit_scores")
@@ -176,7 +176,7 @@ def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     }
     expected |= {f"evaluate@{name}" for name in of_queries if name not in of_features}
     expected |= {f"{stage}_mixit@{name}" for name in entries["music"] for stage in ("train", "evaluate")}
-    expected |= {f"{stage}_mixit_clips@{name}" for name in entries["anchors"] for stage in ("train", "evaluate")}
+    expected |= {f"{stage}_mixit_clips@{name}" for name in entries["clips"] for stage in ("train", "evaluate")}
     for name in expected:
         assert f"Running stage '{name}'" in plan.stdout
 

@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.evaluation.masks import effective_sources, mask_energies, mask_overlap, signal_energies
-from pipeline.evaluation.metrics import bss_eval_sources, sdr, si_sdr
+from pipeline.evaluation.metrics.bss_eval import bss_eval_sources
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.evaluation.statistics import finite_mean
 from pipeline.nn.losses import MAX_ASSIGNMENTS, Objective, Search, best_assignment, mixit_loss, remix
 

@@ -56,12 +56,12 @@ Runs = Mapping[int, Mapping[str, pd.DataFrame]]  # seed -> model -> its rows of 
 SCHEMA = 2  # of seeds.json; raised when a key changes its meaning
 METRICS = ("sdri", "si_sdri")
 STATISTICS = {
-    "sdri_class_median_mean": "SDRi",
-    "sdri_class_mean_mean": "SDRi, mean of means",
-    "si_sdri_class_median_mean": "SI-SDRi",
-    "si_sdri_class_mean_mean": "SI-SDRi, mean of means",
+    "sdri_class_mean_mean": "SDRi",
+    "sdri_class_median_mean": "SDRi, class median",
+    "si_sdri_class_mean_mean": "SI-SDRi",
+    "si_sdri_class_median_mean": "SI-SDRi, class median",
 }
-HEADLINE = "sdri_class_median_mean"
+VERDICT = "sdri_class_mean_mean"  # what models are judged by in a sentence
 
 
 class SeedParams(Params):
@@ -348,9 +348,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "# Table I over training seeds",
         "",
         f"{summary['query'].capitalize()} query, dB, mean over the seeds; {summary['n_pairs']:,} pairs of "
-        f"{summary['n_classes']} classes. SDRi and SI-SDRi are the mean over classes of the per-class median, but "
-        "where the column says otherwise. In brackets the 95 % interval over what the column before it names; ± is the "
-        "standard deviation between seeds.",
+        f"{summary['n_classes']} classes. SDRi and SI-SDRi are the mean over classes of the mean over a class' "
+        "pairs or, where the column says so, of the class' median. In brackets the 95 % interval over what the column "
+        "before it names; ± is the standard deviation between seeds.",
         "",
         *_table(
             ["model", "seeds", "interval over", *STATISTICS.values()],
@@ -370,14 +370,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
             [[_minus(row), *_cells(row, signed=True)] for row in summary["equivalent"]],
         )
         lines += ["", *(f"- {verdict(row)}" for row in summary["equivalent"])]
-    lines += ["", f"## {STATISTICS[HEADLINE]} of each seed", ""]
+    lines += ["", f"## {STATISTICS[VERDICT]} of each seed", ""]
     seeds = [str(s) for s in summary["seeds"]]
     rows = [(row["model"], row, False) for row in summary["models"]]
     rows += [(_minus(row), row, True) for row in summary["differences"]]
     lines += _table(
         ["", *seeds],
         [
-            [name, *(db(row.get(HEADLINE, {"per_seed": {}})["per_seed"].get(s), signed=signed) for s in seeds)]
+            [name, *(db(row.get(VERDICT, {"per_seed": {}})["per_seed"].get(s), signed=signed) for s in seeds)]
             for name, row, signed in rows
         ],
     )
@@ -396,15 +396,15 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def verdict(row: Mapping[str, Any]) -> str:
     """One sentence: do two models agree within noise, and what difference that leaves open."""
-    a, b, found = row["a"], row["b"], row.get(HEADLINE)
+    a, b, found = row["a"], row["b"], row.get(VERDICT)
     if found is None or found["ci_lo"] is None:
-        return f"{a} and {b}: no shared seed with a defined {STATISTICS[HEADLINE]}; nothing can be said."
+        return f"{a} and {b}: no shared seed with a defined {STATISTICS[VERDICT]}; nothing can be said."
     says = "agree within noise" if found["within_noise"] else "**differ** by more than noise"
     opposite = not found["within_noise"]
     others = [name for key, name in STATISTICS.items() if row[key].get("within_noise") is opposite]
     but = f" By {' and by '.join(others)} they {'differ' if found['within_noise'] else 'agree'}." if others else ""
     return (
-        f"{a} and {b} {says} by {STATISTICS[HEADLINE]}: {db(found['mean'], signed=True)} "
+        f"{a} and {b} {says} by {STATISTICS[VERDICT]}: {db(found['mean'], signed=True)} "
         f"[{db(found['ci_lo'], signed=True)}, {db(found['ci_hi'], signed=True)}] dB over {row['interval_covers']}, "
         f"{len(row['seeds'])} shared seed{'s' * (len(row['seeds']) > 1)}. A difference of up to "
         f"{max(abs(found['ci_lo']), abs(found['ci_hi'])):.2f} dB is not excluded.{but}"

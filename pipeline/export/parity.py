@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import nn
 
 from pipeline.core.config import load_params
-from pipeline.evaluation.metrics import sdr, si_sdr
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.export.formats import Inputs, Runner
 from pipeline.export.graphs import Graph
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader

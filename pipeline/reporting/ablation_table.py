@@ -12,9 +12,9 @@ from pipeline.reporting.tables import Cell, Row, Table, count, number
 
 ABLATION_COLUMNS = (
     *("name", "setting", "sdri", "interval", "difference", "difference_interval"),
-    *("difference_of_means", "difference_of_means_interval", "parameters", "why"),
+    *("difference_of_medians", "difference_of_medians_interval", "parameters", "why"),
 )
-DIFFERENCES = {"difference": "sdri_class_median_mean", "difference_of_means": "sdri_class_mean_mean"}
+DIFFERENCES = {"difference": "sdri_class_mean_mean", "difference_of_medians": "sdri_class_median_mean"}
 
 
 def ablated(document: Mapping[str, Any]) -> str:
@@ -72,7 +72,7 @@ def read_ablations(path: Path, metrics: Mapping[str, int | float], document: Map
 
 def ablation_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """The rows of ablations.csv as a table."""
-    titles = ["experiment", "setting", "SDRi", "difference", "difference, mean of means", "parameters", "why"]
+    titles = ["experiment", "setting", "SDRi", "difference", "difference of class medians", "parameters", "why"]
     return Table(
         titles,
         [
@@ -96,6 +96,6 @@ _NUMBERS = (("sdri", "interval"), *((key, f"{key}_interval") for key in DIFFEREN
 def about(document: Mapping[str, Any]) -> str:
     """A sentence on what the table compares."""
     return (
-        f"{ablated(document)} with one setting changed, average query, dB, mean over classes of the class median; the "
-        f"differences are to {baseline(document)} of the same experiment, by that and by the mean of means."
+        f"{ablated(document)} with one setting changed, average query, dB, mean over classes of the mean over pairs; "
+        f"the differences are to {baseline(document)} of the same experiment, by that and by the class medians."
     )

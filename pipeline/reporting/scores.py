@@ -15,7 +15,6 @@ RECORDINGS = ["target_recording", "interferer_recording"]
 SAME = ["class_index", "mid", "target_clip", *RECORDINGS, "interferer_class_index"]  # of a pair, for every model
 KEYS = ["pair", *SAME, "query"]
 REQUIRED = ["sdr_mixture", "sdr_half", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
-OPTIONAL = ["bss_sdr_mixture", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar"]  # evaluate.bss may be off
 # How far two models' readings of the same mixture may lie apart: float32 sums on different devices.
 TOLERANCE_DB = 0.01
 
@@ -42,6 +41,12 @@ def read_scores(scores: Path, models: Sequence[str], pairs: pd.DataFrame | None 
     return pd.concat([table.assign(model=model) for model, table in tables.items()], ignore_index=True)
 
 
+def metrics_of(table: pd.DataFrame) -> list[str]:
+    """Columns of `table` that score an estimate, in their order."""
+    others = {*KEYS, "model"}
+    return [name for name in map(str, table) if name not in others and not name.endswith(("_mixture", "_half"))]
+
+
 def _read(path: Path, model: str) -> pd.DataFrame:
     if not NAME.fullmatch(model):
         raise ValueError(f"a model may be named with letters, digits, _ and -: not {model!r}")
@@ -55,11 +60,11 @@ def _read(path: Path, model: str) -> pd.DataFrame:
         raise ValueError(f"{path} has no rows")
     if unknown := sorted(set(table["query"]) - set(QUERIES)):
         raise ValueError(f"{path}: no query {unknown[0]!r}; there are {list(QUERIES)}")
-    for column in REQUIRED + OPTIONAL:
-        values = table[column].astype(float) if column in table else pd.Series(np.nan, index=table.index)
+    numbers = [column for column in map(str, table) if column not in KEYS]  # REQUIRED, and other metrics of params.yaml
+    for column in numbers:
+        values = table[column].astype(float)
         table[column] = values.where(np.isfinite(values))
-    table["bss_sdri"] = table["bss_sdr"] - table["bss_sdr_mixture"]
-    table = table[KEYS + REQUIRED + OPTIONAL].sort_values(["query", "pair"], kind="stable", ignore_index=True)
+    table = table[KEYS + numbers].sort_values(["query", "pair"], kind="stable", ignore_index=True)
     twice = table.duplicated(["query", "pair"])
     if twice.any():
         row = table[twice].iloc[0]

@@ -1,8 +1,8 @@
 """From scores per pair to the numbers of the report: aggregates, their intervals, paired differences.
 
-Two aggregates, always named. Kong et al. (arXiv:2305.07447) report the mean over classes of the per-class
-*median* (`class_median_mean`, the headline here); the mean over classes of the per-class *mean* is
-`class_mean_mean`. Undefined (NaN) pairs are left out of their class, and counted.
+Two aggregates, always named. The mean over classes of the per-class *mean* is `class_mean_mean`, plain SDRi and SI-SDRi
+on the page; Kong et al. (arXiv:2305.07447) report the mean over classes of the per-class *median*
+(`class_median_mean`). Undefined (NaN) pairs are left out of their class, and counted.
 
 Intervals are those of evaluation/statistics.py: over the recordings of the targets within each class and those of the
 interferers over all, the classes held fixed. All models and queries share each draw, so differences are paired by
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from pipeline.evaluation.statistics import (
     AGGREGATES,
@@ -25,8 +25,8 @@ from pipeline.evaluation.statistics import (
     mean_over_classes,
     resample,
 )
+from pipeline.reporting.scores import RECORDINGS, metrics_of
 
-METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sdri", "bss_sir", "bss_sar")
 SCHEMA = 1  # of metrics.json; raised when a key changes its meaning
 
 
@@ -55,93 +55,110 @@ def summarise(scores: pd.DataFrame, class_names: Mapping[str, str], *, n_resampl
     mixture.*; <model>.<query>.vs_<first>.* for differences. A number that is undefined has no key.
     `per_class`: one row per model, query and class; `class_names` maps mid -> name.
     """
-    models = list(dict.fromkeys(scores["model"]))
-    queries = sorted(set(scores["query"]))
-    class_of_pair = scores.drop_duplicates("pair").set_index("pair").sort_index()
-    pairs = class_of_pair.index
-    class_index = class_of_pair["class_index"].to_numpy(dtype=np.int64)
-    clip = np.unique(class_of_pair["target_clip"].to_numpy(dtype=str), return_inverse=True)[1]
-    classes = np.unique(class_index)
+    first = str(scores["model"].iloc[0])
+    pairs = _Pairs.of(scores)
     tables = {
-        (str(model), str(query)): rows.set_index("pair").reindex(pairs)
+        (str(model), str(query)): rows.set_index("pair").reindex(pairs.rows.index)
         for (model, query), rows in scores.groupby(["model", "query"], sort=False)
     }
+    columns = {f"{model}.{query}": table["sdri"].to_numpy(float) for (model, query), table in tables.items()}
+    bootstrap = resample(columns, pairs.design, n_resamples=n_resamples, seed=seed)
 
-    columns = {f"{m}.{q}": tables[m, q]["sdri"].to_numpy(float) for m in models for q in queries if (m, q) in tables}
-    differences = {
-        f"{m}.{q}": _paired(columns, f"{m}.{q}", f"{models[0]}.{q}")
-        for m in models[1:]
-        for q in queries
-        if f"{m}.{q}" in columns and f"{models[0]}.{q}" in columns
-    }
-    design = Design.of(
-        class_index.tolist(),
-        class_of_pair["target_recording"].tolist(),
-        class_of_pair["interferer_recording"].tolist(),
-    )
-    bootstrap = resample(columns, design, n_resamples=n_resamples, seed=seed)
-
-    metrics: dict[str, int | float] = {"schema": SCHEMA}
+    metrics = {"schema": SCHEMA} | _of_mixtures(pairs)
     frames: list[pd.DataFrame] = []
-    mixture = class_of_pair[["sdr_mixture", "si_sdr_mixture", "bss_sdr_mixture"]].rename(
-        columns=lambda name: name.removesuffix("_mixture")
-    )
-    metrics |= {f"mixture.{key}": value for key, value in _aggregates(mixture, class_index).items()}
-    half = pd.DataFrame(
-        {"sdr": class_of_pair["sdr_half"], "sdri": class_of_pair["sdr_half"] - class_of_pair["sdr_mixture"]}
-    )
-    metrics |= {f"half_mixture.{key}": value for key, value in _aggregates(half, class_index).items()}
-    metrics |= {
-        "mixture.n_pairs": len(pairs),
-        "mixture.n_classes": len(classes),
-        "mixture.n_nan": int(mixture["sdr"].isna().sum()),
-        # A class whose pairs all come from one clip has an interval of width 0: it says nothing of that class.
-        "mixture.n_classes_with_one_clip": int((pd.Series(clip).groupby(class_index).nunique() == 1).sum()),
-    }
     for (model, query), table in tables.items():
         key = f"{model}.{query}"
-        metrics |= {f"{key}.{name}": value for name, value in _aggregates(table[list(METRICS)], class_index).items()}
-        metrics[f"{key}.n_pairs"] = len(table)
-        metrics[f"{key}.n_nan"] = int(table["sdri"].isna().sum())
-        metrics[f"{key}.n_classes"] = int((~np.isnan(bootstrap[key, "median"].point)).sum())
-        if table["bss_sdr"].notna().any():
-            metrics[f"{key}.n_nan_bss"] = int(table["bss_sdr"].isna().sum())
+        statistics: dict[str, Statistic] = {kind: bootstrap[key, kind] for kind in AGGREGATES}
+        metrics |= {f"{key}.{name}": value for name, value in _of_system(table, statistics, pairs).items()}
+        frame = _class_rows(table, pairs, model, query)
         for kind in AGGREGATES:
-            found = mean_over_classes([bootstrap[key, kind]], design)
-            metrics[f"{key}.sdri_class_{kind}_mean_ci_lo"] = found.low
-            metrics[f"{key}.sdri_class_{kind}_mean_ci_hi"] = found.high
-        frame = _class_rows(table, class_index, clip, model, query)
-        for kind in AGGREGATES:
-            frame[f"sdri_{kind}_ci_lo"], frame[f"sdri_{kind}_ci_hi"] = class_intervals(bootstrap[key, kind], design)
+            ends = class_intervals(statistics[kind], pairs.design)
+            frame[f"sdri_{kind}_ci_lo"], frame[f"sdri_{kind}_ci_hi"] = ends
         frame["versus"] = ""
-        for name in ("delta_sdri_median", "delta_sdri_median_ci_lo", "delta_sdri_median_ci_hi"):
-            frame[name] = np.nan
-        if key in differences:
-            delta = _differences(differences[key], bootstrap, design, n_resamples=n_resamples, seed=seed)
-            prefix = f"{key}.vs_{models[0]}"
-            for kind in AGGREGATES:
-                found = mean_over_classes([delta[kind]], design)
-                metrics[f"{prefix}.sdri_class_{kind}_mean"] = found.value
-                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_lo"] = found.low
-                metrics[f"{prefix}.sdri_class_{kind}_mean_ci_hi"] = found.high
-            point = delta["median"].point
-            metrics[f"{prefix}.wilcoxon_p"] = wilcoxon_p(point)
-            metrics[f"{prefix}.classes_better"] = int((point > 0).sum())
-            metrics[f"{prefix}.classes_worse"] = int((point < 0).sum())
-            metrics[f"{prefix}.classes_same"] = int((point == 0).sum())
-            frame["versus"] = models[0]
-            frame["delta_sdri_median"] = point
-            frame["delta_sdri_median_ci_lo"], frame["delta_sdri_median_ci_hi"] = class_intervals(
-                delta["median"], design
-            )
+        frame[["delta_sdri_median", "delta_sdri_median_ci_lo", "delta_sdri_median_ci_hi"]] = np.nan
+        if model != first and f"{first}.{query}" in columns:
+            paired = _paired(columns, key, f"{first}.{query}")
+            delta = _differences(paired, bootstrap, pairs.design, n_resamples=n_resamples, seed=seed)
+            found = _of_difference(delta, pairs.design)
+            metrics |= {f"{key}.vs_{first}.{name}": value for name, value in found.items()}
+            frame["versus"] = first
+            frame["delta_sdri_median"] = delta["median"].point
+            ends = class_intervals(delta["median"], pairs.design)
+            frame["delta_sdri_median_ci_lo"], frame["delta_sdri_median_ci_hi"] = ends
         frames.append(frame)
 
     per_class = pd.concat(frames, ignore_index=True)
-    names = [class_names.get(mid, mid) for mid in per_class["mid"]]
-    per_class.insert(2, "class_name", names)
+    per_class.insert(2, "class_name", [class_names.get(mid, mid) for mid in per_class["mid"]])
     return Summary(
         {key: _rounded(key, metrics[key]) for key in sorted(metrics) if np.isfinite(metrics[key])}, per_class
     )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The evaluation pairs, which all models and queries share."""
+
+    rows: pd.DataFrame  # one per pair, in their order
+    class_index: Int[np.ndarray, " pairs"]
+    clip: Int[np.ndarray, " pairs"]  # of the target, as a number
+    design: Design
+
+    @classmethod
+    def of(cls, scores: pd.DataFrame) -> "_Pairs":
+        rows = scores.drop_duplicates("pair").set_index("pair").sort_index()
+        class_index = rows["class_index"].to_numpy(dtype=np.int64)
+        clip = np.unique(rows["target_clip"].to_numpy(dtype=str), return_inverse=True)[1]
+        design = Design.of(class_index.tolist(), *(rows[name].tolist() for name in RECORDINGS))
+        return cls(rows, class_index, clip, design)
+
+
+def _of_mixtures(pairs: _Pairs) -> dict[str, int | float]:
+    """Count the pairs, and aggregate what the mixture itself and half of it score."""
+    rows = pairs.rows
+    mixture = rows.filter(like="_mixture").rename(columns=lambda name: name.removesuffix("_mixture"))
+    half = pd.DataFrame({"sdr": rows["sdr_half"], "sdri": rows["sdr_half"] - rows["sdr_mixture"]})
+    counts = {
+        "mixture.n_pairs": len(rows),
+        "mixture.n_classes": len(np.unique(pairs.class_index)),
+        "mixture.n_nan": int(mixture["sdr"].isna().sum()),
+        # A class whose pairs all come from one clip has an interval of width 0: it says nothing of that class.
+        "mixture.n_classes_with_one_clip": int((pd.Series(pairs.clip).groupby(pairs.class_index).nunique() == 1).sum()),
+    }
+    return (
+        {f"mixture.{key}": value for key, value in _aggregates(mixture, pairs.class_index).items()}
+        | {f"half_mixture.{key}": value for key, value in _aggregates(half, pairs.class_index).items()}
+        | counts
+    )
+
+
+def _of_system(table: pd.DataFrame, statistics: Mapping[str, Statistic], pairs: _Pairs) -> dict[str, int | float]:
+    """Aggregate the scores of one model under one query, SDRi with its intervals, and count what is undefined."""
+    found = _aggregates(table[metrics_of(table)], pairs.class_index)
+    found["n_pairs"] = len(table)
+    found["n_nan"] = int(table["sdri"].isna().sum())
+    found["n_classes"] = int((~np.isnan(statistics["median"].point)).sum())
+    if "bss_sdr" in table and table["bss_sdr"].notna().any():
+        found["n_nan_bss"] = int(table["bss_sdr"].isna().sum())
+    for kind, statistic in statistics.items():
+        estimate = mean_over_classes([statistic], pairs.design)
+        found[f"sdri_class_{kind}_mean_ci_lo"], found[f"sdri_class_{kind}_mean_ci_hi"] = estimate.low, estimate.high
+    return found
+
+
+def _of_difference(delta: Mapping[str, Statistic], design: Design) -> dict[str, int | float]:
+    """Both aggregates of a difference with intervals, and in how many classes it goes which way."""
+    found: dict[str, int | float] = {}
+    for kind, statistic in delta.items():
+        estimate = mean_over_classes([statistic], design)
+        found[f"sdri_class_{kind}_mean"] = estimate.value
+        found[f"sdri_class_{kind}_mean_ci_lo"], found[f"sdri_class_{kind}_mean_ci_hi"] = estimate.low, estimate.high
+    point = delta["median"].point
+    return found | {
+        "wilcoxon_p": wilcoxon_p(point),
+        "classes_better": int((point > 0).sum()),
+        "classes_worse": int((point < 0).sum()),
+        "classes_same": int((point == 0).sum()),
+    }
 
 
 def _rounded(key: str, value: int | float) -> int | float:
@@ -192,9 +209,9 @@ def _aggregates(table: pd.DataFrame, class_index: np.ndarray) -> dict[str, int |
     }
 
 
-def _class_rows(table: pd.DataFrame, class_index: np.ndarray, clip: np.ndarray, model: str, query: str) -> pd.DataFrame:
+def _class_rows(table: pd.DataFrame, pairs: _Pairs, model: str, query: str) -> pd.DataFrame:
     """One row per class of one model and query, without its intervals."""
-    grouped = table.assign(clip=clip).groupby(class_index)
+    grouped = table.assign(clip=pairs.clip).groupby(pairs.class_index)
     rows = pd.DataFrame(
         {
             "class_index": grouped["class_index"].first().astype(int),
@@ -206,7 +223,7 @@ def _class_rows(table: pd.DataFrame, class_index: np.ndarray, clip: np.ndarray, 
             "n_clips": grouped["clip"].nunique(),
         }
     )
-    for metric in ("sdr_mixture", *METRICS):
+    for metric in ("sdr_mixture", *metrics_of(table)):
         for kind in AGGREGATES:
             rows[f"{metric}_{kind}"] = grouped[metric].agg(kind)
     return rows.reset_index(drop=True)

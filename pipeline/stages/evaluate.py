@@ -17,8 +17,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -49,7 +49,9 @@ from pipeline.core.runtime import (
     write_atomic,
     write_json,
 )
-from pipeline.evaluation.metrics import bss_eval, sdr, si_sdr
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import Metric
+from pipeline.evaluation.scores import of_estimates, schema, score, table
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
 from pipeline.mixtures.mixing import Normalize, PairsParams, mix
 from pipeline.separators import QuerySeparator
@@ -58,32 +60,7 @@ log = logging.getLogger(__name__)
 
 QUERIES = ("average", "oracle")
 WITH_INTERFERER = "average+interferer"  # of separators trained with train.interferer_query
-METRICS = ("sdr", "sdri", "si_sdr", "si_sdri", "bss_sdr", "bss_sir", "bss_sar")
-MIXTURE_METRICS = ("sdr_mixture", "si_sdr_mixture", "bss_sdr_mixture")
-
-SCHEMA = pa.schema(
-    [
-        ("pair", pa.int64()),
-        ("class_index", pa.int64()),
-        ("mid", pa.string()),
-        ("target_clip", pa.string()),
-        ("target_recording", pa.string()),
-        ("interferer_recording", pa.string()),
-        ("interferer_class_index", pa.int64()),
-        ("query", pa.string()),
-        ("sdr_mixture", pa.float64()),  # all in dB; NaN where undefined
-        ("sdr_half", pa.float64()),  # of half of the mixture: what can be had without separating anything
-        ("sdr", pa.float64()),
-        ("sdri", pa.float64()),
-        ("si_sdr_mixture", pa.float64()),
-        ("si_sdr", pa.float64()),
-        ("si_sdri", pa.float64()),
-        ("bss_sdr_mixture", pa.float64()),
-        ("bss_sdr", pa.float64()),
-        ("bss_sir", pa.float64()),
-        ("bss_sar", pa.float64()),
-    ]
-)
+ALWAYS = ("sdr", "si_sdr")  # metrics that the report is made of
 
 
 class EvaluateParams(Params):
@@ -91,10 +68,20 @@ class EvaluateParams(Params):
 
     batch_size: int = Field(gt=0, le=65_536)
     pairs_per_part: int = Field(gt=0, le=10**6)
-    bss: bool
-    bss_filter_samples: int = Field(gt=1, le=4096)
+    metrics: dict[str, dict[str, Any]]  # files of pipeline/evaluation/metrics, with their options
     n_examples: int = Field(ge=0, le=10_000)
     device: Literal["auto", "cpu", "cuda"]
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if missing := [name for name in ALWAYS if name not in value]:
+            raise ValueError(f"{missing[0]} is missing, which the report is made of")
+        return {name: metrics.options(name).model_validate(given).model_dump() for name, given in value.items()}
+
+    def build_metrics(self) -> list[Metric]:
+        """Build the metrics, in the order of params.yaml."""
+        return [metrics.build(name, given) for name, given in self.metrics.items()]
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Setup:
     queries: Path  # .npz: class_index, query
     examples: tuple[int, ...]  # pairs whose sounds are kept
     normalize: Normalize
-    params: EvaluateParams
+    params: EvaluateParams = field(hash=False)
     device: str
 
 
@@ -120,6 +107,7 @@ class Loaded:
     reader: AnchorReader
     pairs: pa.Table
     average: dict[int, Float[np.ndarray, " query_dim"]]
+    metrics: list[Metric]
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +117,7 @@ def load(setup: Setup) -> Loaded:
     with np.load(setup.queries) as stored:
         average = dict(zip(stored["class_index"].tolist(), stored["query"], strict=True))
     separator = separators.load(setup.separator).to(setup.device)
-    return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average)
+    return Loaded(separator, _open(setup.anchors), pq.read_table(setup.pairs), average, setup.params.build_metrics())
 
 
 def _open(anchors: Path) -> AnchorReader:
@@ -198,32 +186,6 @@ def separate(
     return estimates
 
 
-def score(
-    estimates: Float[Tensor, "batch estimates time"],
-    mixture: Float[Tensor, "batch time"],
-    target: Float[Tensor, "batch time"],
-    interferer: Float[Tensor, "batch time"],
-    bss_filter_samples: int | None,
-) -> dict[str, Float[np.ndarray, "batch estimates"]]:
-    """Every metric of every estimate, and of the mixture taken as the estimate, in dB. No BSS Eval: its are NaN."""
-    signals = torch.cat([estimates, mixture[:, None]], dim=1)
-    reference = target[:, None].expand_as(signals)
-    values = {"sdr": sdr(signals, reference), "si_sdr": si_sdr(signals, reference)}
-    unknown = torch.full_like(values["sdr"], torch.nan)
-    if bss_filter_samples is None:
-        values |= {"bss_sdr": unknown, "bss_sir": unknown, "bss_sar": unknown}
-    else:
-        bss = bss_eval(signals, torch.stack([target, interferer], dim=1), filter_samples=bss_filter_samples)
-        values |= {"bss_sdr": bss.sdr, "bss_sir": bss.sir, "bss_sar": bss.sar}
-    scores = {name: value[:, :-1] for name, value in values.items()}
-    for name in ("sdr", "si_sdr", "bss_sdr"):
-        scores[f"{name}_mixture"] = values[name][:, -1:].expand_as(scores[name])
-    scores["sdr_half"] = sdr(mixture / 2, target)[:, None].expand_as(scores["sdr"])
-    for name in ("sdr", "si_sdr"):
-        scores[f"{name}i"] = scores[name] - scores[f"{name}_mixture"]
-    return {name: value.cpu().numpy() for name, value in scores.items()}
-
-
 def score_part(rows: tuple[int, int], directory: Path, *, setup: Setup) -> None:
     """Score rows [start, stop) of the pairs into directory/scores.parquet, and keep the sounds of the examples."""
     loaded, device, params = load(setup), setup.device, setup.params
@@ -257,14 +219,14 @@ def score_part(rows: tuple[int, int], directory: Path, *, setup: Setup) -> None:
             of_interferer,
             batch["pair"],
         )
-        found.append(score(estimates, mixture, target, interferer, params.bss_filter_samples if params.bss else None))
+        found.append(score(estimates, mixture, target, interferer, loaded.metrics))
         for i, pair in enumerate(batch["pair"]):
             if pair in setup.examples:
                 for name, waveform in zip(sounds, (mixture[i], target[i], *estimates[i]), strict=True):
                     _write_wav(directory / f"{pair}-{name}.wav", waveform.cpu().numpy(), index.sample_rate)
 
     scores = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    write_atomic(directory / "scores.parquet", _parquet(_table(pairs, scores, kinds)))
+    write_atomic(directory / "scores.parquet", _parquet(table(pairs, scores, kinds, schema(loaded.metrics))))
 
 
 def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
@@ -274,25 +236,15 @@ def _write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _table(pairs: pa.Table, scores: Mapping[str, Float[np.ndarray, "pairs kinds"]], kinds: tuple[str, ...]) -> pa.Table:
-    """Rows sorted by pair, pairs being sorted, and in it by kind of query in the order of `kinds`."""
-    keys = SCHEMA.names[: SCHEMA.names.index("query")]
-    each = np.repeat(np.arange(len(pairs)), len(kinds))
-    columns = {key: pairs[key].take(each) for key in keys}
-    columns["query"] = pa.array(kinds * len(pairs))
-    columns |= {name: pa.array(values.reshape(-1)) for name, values in scores.items()}
-    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
-
-
 def _parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
-def summarise(scores: pa.Table, without_average: Sequence[str], bss: bool) -> dict[str, Any]:
+def summarise(scores: pa.Table, without_average: Sequence[str]) -> dict[str, Any]:
     """Counts, and a first look at each query: mean and median over all pairs. The report's aggregates are by class."""
-    metrics = METRICS if bss else [name for name in METRICS if not name.startswith("bss")]
+    names = of_estimates(scores)
     queries = np.array(scores["query"].to_pylist())
     kinds = list(dict.fromkeys(queries.tolist()))
     summary: dict[str, Any] = {
@@ -301,7 +253,7 @@ def summarise(scores: pa.Table, without_average: Sequence[str], bss: bool) -> di
         "classes_without_average_query": list(without_average),
     }
     for query in kinds:
-        values = {name: scores[name].to_numpy()[queries == query] for name in metrics}
+        values = {name: scores[name].to_numpy()[queries == query] for name in names}
         summary[query] = {
             "n_nan": {name: int(np.isnan(value).sum()) for name, value in values.items()},
             "sdri_mean": _rounded(np.nanmean, values["sdri"]),
@@ -319,6 +271,7 @@ def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]
     rows = {row["pair"]: row for row in pairs.to_pylist()}
     scored = {(row["pair"], row["query"]): row for row in scores.to_pylist()}
     kinds = dict.fromkeys(scores["query"].to_pylist())
+    names = of_estimates(scores)
     described = []
     for pair in examples:
         row = rows[pair]
@@ -332,8 +285,8 @@ def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]
                 "interferer_class_name": class_of(row["interferer_mid"]).name,
                 "interferer_clip": row["interferer_clip"],
                 "files": {sound: f"{pair}-{sound}.wav" for sound in ("mixture", "target", *kinds)},
-                **{name: _finite(scored[pair, "oracle"][name]) for name in MIXTURE_METRICS},
-                **{query: {name: _finite(scored[pair, query][name]) for name in METRICS} for query in kinds},
+                **{name: _finite(scored[pair, "oracle"][name]) for name in scores.column_names if "_mixture" in name},
+                **{query: {name: _finite(scored[pair, query][name]) for name in names} for query in kinds},
             }
         )
     return described
@@ -408,7 +361,7 @@ def evaluate(
     write_json(finished / "examples" / "examples.json", describe_examples(pairs, scores, examples))
     publish(finished, out)
     shutil.rmtree(scratch)
-    return summarise(scores, without_average, params.bss)
+    return summarise(scores, without_average)
 
 
 def _read_pairs(path: Path, reader: AnchorReader) -> pa.Table:

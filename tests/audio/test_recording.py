@@ -200,7 +200,7 @@ def test_a_cut_file_is_truncated_as_a_clip_and_as_music(tmp_path, format):
     (tmp_path / "a.wav").write_bytes(content[: len(content) // 2])
     expected = ("truncated", "undecodable") if format == "CAF" else ("truncated",)
     assert reason(tmp_path / "a.wav") in expected
-    _, blamed = scan(Track("t", None, None, (), "a.wav"), tmp_path, 1.0, 1.0, Counter())
+    _, blamed = scan(Track("t", None, None, (), "a.wav"), tmp_path, 1.0, 1.0, Counter(), {})
     assert blamed.reason in expected
 
 
@@ -208,14 +208,14 @@ def test_a_cut_file_is_truncated_as_a_clip_and_as_music(tmp_path, format):
 def test_a_cut_stem_is_no_track_of_music(tmp_path, format):
     content = encoded(steps(), format)
     (tmp_path / "a.ogg").write_bytes(content[: len(content) // 2])
-    _, blamed = scan(Track("t", None, None, (), "a.ogg"), tmp_path, 1.0, 1.0, Counter())
+    _, blamed = scan(Track("t", None, None, (), "a.ogg"), tmp_path, 1.0, 1.0, Counter(), {})
     assert blamed.reason in ("truncated", "undecodable")
 
 
 def test_no_file_is_read_for_longer_than_a_day_of_sound(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.audio.recording.MAX_SECONDS", 10.0)
     (tmp_path / "a.flac").write_bytes(encoded(np.zeros(12 * RATE, np.float32), "FLAC"))
-    _, blamed = scan(Track("t", None, None, (), "a.flac"), tmp_path, 1.0, 1.0, Counter())
+    _, blamed = scan(Track("t", None, None, (), "a.flac"), tmp_path, 1.0, 1.0, Counter(), {})
     assert blamed.reason == "too_long"
     monkeypatch.setattr("pipeline.audio.recording.MAX_PIECE", 8 * RATE)
     with pytest.raises(BadClip, match="too_long"):
@@ -292,7 +292,7 @@ def test_what_libsndfile_does_not_know_is_cut_by_ffmpeg(tmp_path, how):
     segment = read(path, 6.0, 9.0)
     assert segment.notes == ("ffmpeg", "cut")
     assert np.allclose(pitches(segment.waveform, segment.sample_rate), [900, 1000, 1100], atol=20)
-    rows, blamed = scan(Track("t", None, None, (Stem("a", (path.name,)),), None), tmp_path, 3.0, 3.0, Counter())
+    rows, blamed = scan(Track("t", None, None, (Stem("a", (path.name,)),), None), tmp_path, 3.0, 3.0, Counter(), {})
     assert blamed is None
     assert len(rows) in (3, 4)  # of 12 s, less what the codec leaves out
 

@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.metrics import bss_eval, bss_eval_sources, sdr, si_sdr
+from pipeline.evaluation.metrics.bss_eval import bss_eval, bss_eval_sources
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bss.npz"
 LOG2_GAINS = st.integers(min_value=-10, max_value=10)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from pipeline.evaluation import mixit_scores
-from pipeline.evaluation.metrics import bss_eval, sdr, si_sdr
+from pipeline.evaluation.metrics.bss_eval import bss_eval
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.evaluation.mixit_scores import (
     mom_scores,
     pair_scores,

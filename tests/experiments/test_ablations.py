@@ -46,9 +46,9 @@ from ruamel.yaml import YAML
 value = YAML(typ="safe").load(pathlib.Path("params.yaml"))["value"]
 pathlib.Path("reports").mkdir(exist_ok=True)
 pathlib.Path("reports/metrics.json").write_text(json.dumps({
-    "mae_resunet.average.sdri_class_median_mean": value,
-    "mae_resunet.average.vs_resunet.sdri_class_median_mean": value - 5,
-    "mae_resunet.average.vs_resunet.sdri_class_mean_mean": value - 5.5,
+    "mae_resunet.average.sdri_class_mean_mean": value,
+    "mae_resunet.average.vs_resunet.sdri_class_mean_mean": value - 5,
+    "mae_resunet.average.vs_resunet.sdri_class_median_mean": value - 5.5,
     "mae_resunet.n_parameters": 1234,
 }))
 with open(pathlib.Path(__file__).parent / "runs.txt", "a") as file:
@@ -117,7 +117,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, monkeypatch):
     assert ablations.run([three, wrong]) == ["wrong"]
     rows = ablations.collect([*some, three, wrong], Path("reports"))
     assert [r["name"] for r in rows] == ["as it stands", "six", "four", "three"]
-    (project / "reports/metrics.json").write_text('{"mae_resunet.average.sdri_class_median_mean": 1.0}')
+    (project / "reports/metrics.json").write_text('{"mae_resunet.average.sdri_class_mean_mean": 1.0}')
     rows = ablations.collect([*some, three], Path("reports"))
     assert [(r["name"], r["sdri"]) for r in rows] == [("as it stands", "1.00"), ("three", "3.00")]
 

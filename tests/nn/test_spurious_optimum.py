@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pipeline.evaluation.metrics import si_sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.evaluation.mixit_scores import mom_scores, stem_scores
 from pipeline.nn.features import istft, stft
 from pipeline.nn.losses import assignment_losses, mixit_loss, mixture_consistency

@@ -18,7 +18,10 @@ from scipy.io import wavfile
 
 from pipeline.core import runtime
 from pipeline.core.ontology import classes
-from pipeline.evaluation.metrics import bss_eval, sdr, si_sdr
+from pipeline.evaluation.metrics.bss_eval import bss_eval
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
+from pipeline.evaluation.scores import schema, score
 from pipeline.mixtures import shards
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader, write_index
 from pipeline.mixtures.mixing import mix
@@ -29,7 +32,8 @@ from pipeline.stages.evaluate import EvaluateParams, average_queries, choose_exa
 ROOT = Path(__file__).parents[2]
 CLASSES = (3, 72, 137, 300, 420, 506)
 SAMPLE_RATE, SEGMENT_SAMPLES, QUERY_DIM, ANCHORS_PER_CLASS, N_PAIRS = 32000, 4096, 6, 3, 24
-PARAMS = EvaluateParams(batch_size=3, pairs_per_part=4, bss=True, bss_filter_samples=32, n_examples=2, device="cpu")
+METRICS = {"sdr": {}, "si_sdr": {}, "bss_eval": {"filter_samples": 32}}
+PARAMS = EvaluateParams(batch_size=3, pairs_per_part=4, metrics=METRICS, n_examples=2, device="cpu")
 MODEL = {"query_dim": QUERY_DIM, "n_fft": 256, "hop_length": 64, "channels": [2, 2, 2, 2, 2, 2]}
 
 
@@ -184,7 +188,7 @@ def test_scores_are_those_of_each_pair_worked_out_alone(world, result):
 def test_rows_are_sorted_and_name_their_pair(world, result):
     scores = pd.read_parquet(result[0] / "scores.parquet")
     pairs = pd.read_parquet(world / "pairs" / "eval" / "pairs.parquet")
-    assert scores.columns.tolist() == stage.SCHEMA.names
+    assert scores.columns.tolist() == schema(PARAMS.build_metrics()).names
     assert scores["query"].tolist() == ["average", "oracle"] * N_PAIRS
     for key in ("pair", "class_index", "mid", "target_clip", "interferer_class_index"):
         assert scores[key].tolist() == pairs[key].repeat(2).tolist()
@@ -265,11 +269,11 @@ def test_two_workers_give_the_bytes_of_none(world, result, tmp_path, monkeypatch
     assert content(tmp_path / "parallel") == content(result[0])
 
 
-def test_without_bss_its_columns_are_empty_and_not_counted(world, tmp_path):
-    params = PARAMS.model_copy(update={"bss": False, "n_examples": 0})
+def test_without_bss_eval_its_columns_are_not_there(world, tmp_path):
+    params = PARAMS.model_copy(update={"metrics": {"sdr": {}, "si_sdr": {}}, "n_examples": 0})
     summary = run(world, tmp_path / "scores", params)
     scores = pd.read_parquet(tmp_path / "scores" / "scores.parquet")
-    assert scores[["bss_sdr_mixture", "bss_sdr", "bss_sir", "bss_sar"]].isna().all(axis=None)
+    assert not [name for name in scores if "bss" in name]
     assert sorted(summary["oracle"]["n_nan"]) == ["sdr", "sdri", "si_sdr", "si_sdri"]
     assert json.loads((tmp_path / "scores" / "examples" / "examples.json").read_text()) == []
 
@@ -400,7 +404,7 @@ def test_pairs_of_other_anchors_are_refused(world, tmp_path):
 def test_returning_the_mixture_improves_nothing():
     mixture = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     target = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))
-    found = stage.score(mixture[:, None], mixture, target, mixture - target, 16)
+    found = score(mixture[:, None], mixture, target, mixture - target, PARAMS.build_metrics())
     assert found["sdri"].tolist() == found["si_sdri"].tolist() == [[0.0], [0.0]]
     assert found["bss_sdr"].tolist() == found["bss_sdr_mixture"].tolist()
     assert all(math.isfinite(value) for values in found.values() for value in values.flat)

@@ -11,7 +11,8 @@ from scipy.io import wavfile
 
 from pipeline.core import devices, runtime
 from pipeline.evaluation.masks import mask_overlap
-from pipeline.evaluation.metrics import sdr, si_sdr
+from pipeline.evaluation.metrics.sdr import sdr
+from pipeline.evaluation.metrics.si_sdr import si_sdr
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
 from pipeline.mixtures.mixing import mix
 from pipeline.nn.losses import best_assignment, mixit_loss, remix

@@ -309,7 +309,7 @@ def test_a_folder_without_its_files_is_named(tmp_path, pretrained):
 
 
 def test_an_unknown_upstream_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no upstream 'wavml'; there are \['dasheng'"):
+    with pytest.raises(ValueError, match=r"no upstream 'wavml'; there are \['constant', 'dasheng'"):
         upstreams.build("wavml")
 
 

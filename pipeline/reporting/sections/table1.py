@@ -33,22 +33,18 @@ BEST_ASSIGNMENT = (
 
 # Means first: with few pairs a class the median is biased, and its interval one-sided.
 COLUMNS = {
-    "sdri_class_mean_mean": "SDRi, mean of means",
-    "si_sdri_class_mean_mean": "SI-SDRi, mean of means",
-    "sdri_class_median_mean": "SDRi",
-    "sdr_class_median_mean": "SDR",
-    "si_sdri_class_median_mean": "SI-SDRi",
-    "bss_sdr_class_median_mean": "BSS SDR",
-    "bss_sir_class_median_mean": "BSS SIR",
-    "bss_sar_class_median_mean": "BSS SAR",
-    "n_pairs": "pairs",
-    "n_classes": "classes",
+    "sdri_class_mean_mean": "SDRi",
+    "si_sdri_class_mean_mean": "SI-SDRi",
+    "sdri_class_median_mean": "SDRi, class median",
+    "sdr_class_median_mean": "SDR, class median",
+    "si_sdri_class_median_mean": "SI-SDRi, class median",
 }
+COUNTS = {"n_pairs": "pairs", "n_classes": "classes"}
 
 
 @dataclass(frozen=True)
 class System:
-    """One system under one kind of query; `numbers` by the keys of COLUMNS and SHARES, those unknown left out."""
+    """One system under one kind of query; `numbers` by the keys of its columns and SHARES, those unknown left out."""
 
     name: str
     query: str
@@ -71,10 +67,10 @@ class Section(Base[Data]):
     title = "Table I"
     place = 20
     template = """\
-<p class="muted">dB. <i>Mean of means</i>: mean over classes of the mean over a class' pairs. The other columns are Kong
-et al.'s aggregate, mean over classes of the class' median, which is biased where a class has few pairs; in brackets the
-95 % interval (over the recordings of targets and interferers, {{ n_resamples | count }} resamples). Grey rows are
-doing nothing, and figures of Zhao et al.</p>
+<p class="muted">dB. SDRi and SI-SDRi are means over classes of the mean over a class' pairs. <i>Class median</i> is
+Kong et al.'s aggregate, the mean over classes of the class' median, which is biased where a class has few pairs. In
+brackets the 95 % interval (over the recordings of targets and interferers, {{ n_resamples | count }} resamples). Grey
+rows are doing nothing, and figures of Zhao et al.</p>
 {{ table.html }}
 {% for text in notes %}<p class="muted">{{ text }}</p>
 {% endfor %}
@@ -180,11 +176,23 @@ def cell(system: System, column: str) -> Cell:
 
 def systems_table(systems: Sequence[System]) -> Table:
     """Table I, a row per system; others' are set apart."""
+    columns = COLUMNS | _others(systems) | COUNTS
     rows = [
-        Row([*words(row.name, row.query), *(cell(row, key) for key in COLUMNS)], reference=not row.ours)
+        Row([*words(row.name, row.query), *(cell(row, key) for key in columns)], reference=not row.ours)
         for row in systems
     ]
-    return Table(["System", "query", *COLUMNS.values()], rows, n_text=2)
+    return Table(["System", "query", *columns.values()], rows, n_text=2)
+
+
+def _others(systems: Sequence[System]) -> dict[str, str]:
+    """Class medians of metrics beside SDR and SI-SDR that any of the systems has, without those of gains."""
+    end = "_class_median_mean"
+    keys = dict.fromkeys(key.removesuffix(end) for row in systems for key in row.numbers if key.endswith(end))
+    return {
+        f"{key}{end}": f"{key.replace('_', ' ').upper()}, class median"
+        for key in keys
+        if f"{key}{end}" not in COLUMNS and key != "si_sdr" and not (key.endswith("i") and key[:-1] in keys)
+    }
 
 
 def shares_table(systems: Sequence[System]) -> Table:
@@ -227,8 +235,8 @@ def markdown(context: Mapping[str, Any]) -> str:
     lines = [
         "# Table I",
         "",
-        f"In dB, {AVERAGE} and oracle query: the mean over classes of the per-class median, but where the column says "
-        "otherwise; in brackets the 95 % interval.",
+        f"In dB, {AVERAGE} and oracle query: the mean over classes of the mean over a class' pairs or, where the "
+        "column says so, of the class' median; in brackets the 95 % interval.",
         "",
         *context["table"].markdown,
     ]
