@@ -188,6 +188,37 @@ def test_a_benchmark_can_be_imported(path):
     assert callable(module.main)
 
 
+LONG_FILES = {  # of more than 450 lines, and why
+    "audio/recording.py": "every fault of a file that decoders pass over in silence, beside the reading that finds it",
+    "core/runtime.py": "what every stage begins and ends with: locks, scratch, atomic files, memory, signals, errors",
+    "datasets/synthetic.py": "a generated corpus with its own instruments; nothing else imports it",
+    "mixtures/shards.py": "writer and reader of one format, which check each other",
+    "mixtures/tracks.py": "scan, segments and reader of music: to be divided along these when one of them changes",
+    "upstreams/mae.py": "one published network: encoder, both decoders, and the loading of three kinds of checkpoints",
+}
+LONG_FUNCTIONS = {  # of more than 60 lines
+    "mixtures/shards.py: write_shard": "one transaction",
+    "mixtures/tracks.py: scan": "one pass over a track, its files open side by side",
+    "separators/performer.py: __init__": "a list of layers and checks of the arguments that size them",
+    "stages/pretrain_performer.py: _learn": "state of a training: what is resumed, a step, what is kept",
+    "stages/train_mixit.py: train_mixit": "the same, with early stopping",
+    "training/loop.py: fit": "the same, for all models with queries",
+}
+
+
+def test_what_is_long_has_its_reason():
+    """No file over 450 lines and no function over 60 but these; and these are not kept when they are no longer so."""
+    files, functions = set(), set()
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        name, text = path.relative_to(ROOT / "pipeline").as_posix(), path.read_text()
+        files |= {name} if text.count("\n") > 450 else set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                functions.add(f"{name}: {node.name}")
+    assert files == set(LONG_FILES)
+    assert functions == set(LONG_FUNCTIONS)
+
+
 def test_every_docstring_can_be_read_alone():
     """A sentence of four words or more, which does not lean on the one before it."""
     found = []

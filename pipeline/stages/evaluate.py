@@ -3,7 +3,7 @@
     average             mean of the query embeddings of the class' targets in the *train* pairs, repeats included: what
                         a user has who wants "a siren" and no example of this one (Kong et al., arXiv:2305.07447,
                         table III)
-    oracle              the embedding of the clean target itself: an upper bound, and what training used
+    oracle              the embedding of the clean target itself: an upper bound (train.query: own trains on it)
     average+interferer  the average query, and that of the interferer's class: of separators that take it, for a user
                         who knows what else sounds
 
@@ -309,14 +309,7 @@ def evaluate(
     """Write the scores of every pair of pairs_dir/eval to out/scores.parquet, and examples; return the summary."""
     device = str(choose_device(params.device))
     separators.load(separator)  # what cannot be loaded fails here, not in every worker
-    config = read_json(separator / "config.json")
-    readers = {split: _open(anchors / split) for split in ("train", "eval")}
-    for split, reader in readers.items():
-        if reader.index.query_dim != config["model"]["query_dim"]:
-            raise ValueError(
-                f"{separator} takes queries of {config['model']['query_dim']} numbers, "
-                f"and those of {anchors / split} have {reader.index.query_dim}"
-            )
+    readers = _readers(anchors, separator)
     eval_pairs, train_pairs = (pairs_dir / split / "pairs.parquet" for split in ("eval", "train"))
     pairs = _read_pairs(eval_pairs, readers["eval"])
 
@@ -350,18 +343,36 @@ def evaluate(
     parts = {f"part-{i:05d}": (s, min(s + params.pairs_per_part, len(pairs))) for i, s in enumerate(starts)}
     done = run_parts(partial(score_part, setup=setup), parts, scratch / "parts")
 
-    scores = pa.concat_tables([pq.read_table(done[part] / "scores.parquet") for part in parts])
-    finished = scratch / "finished"
+    scores = _gather([done[part] for part in parts], scratch / "finished", pairs, examples)
+    publish(scratch / "finished", out)
+    shutil.rmtree(scratch)
+    return summarise(scores, without_average)
+
+
+def _readers(anchors: Path, separator: Path) -> dict[str, AnchorReader]:
+    """Open the anchors of both splits; ValueError where their embeddings are not those that the separator takes."""
+    query_dim = read_json(separator / "config.json")["model"]["query_dim"]
+    readers = {split: _open(anchors / split) for split in ("train", "eval")}
+    for split, reader in readers.items():
+        if reader.index.query_dim != query_dim:
+            raise ValueError(
+                f"{separator} takes queries of {query_dim} numbers, "
+                f"and those of {anchors / split} have {reader.index.query_dim}"
+            )
+    return readers
+
+
+def _gather(parts: Sequence[Path], finished: Path, pairs: pa.Table, examples: Sequence[int]) -> pa.Table:
+    """Bring the parts' scores and sounds together in the folder `finished`, made anew, and return the scores."""
+    scores = pa.concat_tables([pq.read_table(part / "scores.parquet") for part in parts])
     shutil.rmtree(finished, ignore_errors=True)
     (finished / "examples").mkdir(parents=True)
     write_atomic(finished / "scores.parquet", _parquet(scores.combine_chunks()))
     for part in parts:
-        for path in sorted(done[part].glob("*.wav")):
+        for path in sorted(part.glob("*.wav")):
             link_or_copy(path, finished / "examples" / path.name)
     write_json(finished / "examples" / "examples.json", describe_examples(pairs, scores, examples))
-    publish(finished, out)
-    shutil.rmtree(scratch)
-    return summarise(scores, without_average)
+    return scores
 
 
 def _read_pairs(path: Path, reader: AnchorReader) -> pa.Table:

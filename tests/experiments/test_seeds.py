@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.evaluation.statistics import Design, mean_over_classes, resample
 from pipeline.experiments import seeds
-from pipeline.experiments.seeds import STATISTICS, Comparison, from_folders, markdown, summarise, write
+from pipeline.experiments.seeds import from_folders
 from pipeline.reporting.kept import keep
+from pipeline.reporting.over_seeds import STATISTICS, Comparison, markdown, summarise, write
 from pipeline.reporting.tables import DASH, MINUS
 
 CLIPS, PAIRS_PER_CLIP, CLASSES = 4, 3, 3
