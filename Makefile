@@ -4,12 +4,16 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
 
-.PHONY: help repro ablations test test-fast test-processors check gate format lock benchmarks clean
+.PHONY: help profile repro ablations test test-fast test-processors check gate format lock benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS
+profile: $(READY)  ## params.yaml as profiles/NAME.yaml has it; without NAME: the list of them
+	python -m pipeline profile $(NAME)
+
+repro: $(READY)  ## the whole graph, from raw audio to reports/report.html; as `dvc repro`, two stages at a time or JOBS; PROFILE=name first
+	$(if $(PROFILE),python -m pipeline profile $(PROFILE))
 	python -m pipeline repro $(if $(JOBS),--jobs $(JOBS))
 
 ablations: $(READY)  ## every ablation as an experiment, and one table of them in the report; hours

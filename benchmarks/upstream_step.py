@@ -21,12 +21,15 @@ gradients, Adam's moments, and what libraries keep; the median of `--memory-runs
 """
 
 import argparse
+import atexit
 import ctypes
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -36,6 +39,7 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from benchmarks.mae import now
+from pipeline.core import profiles
 from pipeline.core.config import AudioParams, load_params
 from pipeline.core.runtime import keep_freed_memory
 from pipeline.evaluation.cost import cost
@@ -46,7 +50,9 @@ from pipeline.training.loop import build_optimizer
 from pipeline.training.mae import PretrainParams
 from pipeline.upstreams.mae import encoder_sizes
 
-SMALL, FULL = Path("params.yaml"), Path("profiles/audioset.yaml")
+SMALL, FULL = Path("params.yaml"), Path(tempfile.mkdtemp(prefix="profile-"), "params.yaml")
+FULL.write_text(profiles.text("audioset", Path()))
+atexit.register(shutil.rmtree, FULL.parent)
 BASELINE = "resunet"
 NAMES = [BASELINE, "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer"]
 PANNS_QUERY_DIM = 2048

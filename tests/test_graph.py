@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
+from pipeline.core import profiles
+
 ROOT = Path(__file__).parent.parent
 COPIED = ("dvc.yaml", ".dvcignore", "pipeline")
 # Outputs that say when, on what and how long: not a function of the inputs.
@@ -71,7 +73,7 @@ def project(tmp_path_factory):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, directory / name)
-    params = (ROOT / "profiles" / "tiny.yaml").read_text()
+    params = profiles.text("tiny", ROOT)
     for old, new in {"n_shards: 1\n": "n_shards: 2\n", "pairs_per_part: 32\n": "pairs_per_part: 12\n"}.items():
         assert old in params
         params = params.replace(old, new)  # several parts in a stage, hence several workers
@@ -175,12 +177,9 @@ def test_how_pairs_are_mixed_concerns_no_separator_of_music(project):
 def stages_of_tiny():
     """The command and outputs of each stage of the graph on profiles/tiny.yaml, `check` apart."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, source in {
-            "dvc.yaml": "dvc.yaml",
-            ".dvcignore": ".dvcignore",
-            "params.yaml": "profiles/tiny.yaml",
-        }.items():
-            shutil.copy(ROOT / source, Path(folder, name))
+        for name in ("dvc.yaml", ".dvcignore"):
+            shutil.copy(ROOT / name, Path(folder, name))
+        Path(folder, "params.yaml").write_text(profiles.text("tiny", ROOT))
         stages = Repo.init(folder, no_scm=True).index.stages
         return {s.name: (s.cmd, [out.def_path for out in s.outs]) for s in stages if s.cmd and s.name != "check"}
 

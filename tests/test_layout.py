@@ -14,6 +14,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from pipeline.core import profiles
 from pipeline.experiments import graph
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ LAYERS = [
     {"experiments", "__main__"},
 ]
 STAGES = {stage.addressing: stage for stage in Repo(str(ROOT)).index.stages if stage.cmd}
-PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
+PROFILES = profiles.names(ROOT)
 
 
 def layer(module: str) -> int:
@@ -96,14 +97,30 @@ def keys(node, above=()) -> set[tuple[str, ...]]:
     return {above} | {key for name in node for key in keys(node[name], (*above, name))}
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
-def test_every_profile_has_the_keys_of_the_embedded_default(profile):
-    load = YAML(typ="safe").load
-    free = {"gate", "mixit_music", "mixit_clips", "separators", "mae_separators", "variants"}  # as many as one likes
-    default, other = (
-        keys({k: v for k, v in load(p).items() if k not in free}) for p in (ROOT / "params.yaml", profile)
-    )
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_the_keys_of_the_default_and_names_what_differs_alone(profile, tmp_path):
+    free = {*profiles.ENTRIES, "gate"}  # as many as one likes
+    whole = [profiles.document(name, ROOT) for name in (profiles.DEFAULT, profile)]
+    default, other = (keys({k: v for k, v in document.items() if k not in free}) for document in whole)
     assert other == default
+
+    def repeated(differences, base, place=""):
+        for key, value in differences.items():
+            if key == "train" and place:  # of an entry: taken as it stands
+                continue
+            if isinstance(value, dict) and isinstance(base.get(key), dict) and key not in profiles.WHOLE and value:
+                yield from repeated(value, base[key], f"{place}{key}.")
+            elif key in base and value == base[key]:
+                yield f"{place}{key}"
+
+    if profile != profiles.DEFAULT:
+        differences = YAML(typ="safe").load(ROOT / "profiles" / f"{profile}.yaml")
+        assert list(repeated(differences, whole[0])) == []
+
+
+def test_params_yaml_is_the_default_profile():
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "profiles/default.yaml").read_bytes()
+    assert YAML(typ="safe").load(profiles.text("default", ROOT)) == YAML(typ="safe").load(ROOT / "params.yaml")
 
 
 def assert_fits_every_stage(profile: Path) -> None:
@@ -112,9 +129,10 @@ def assert_fits_every_stage(profile: Path) -> None:
     check_gates(check_params(profile))
 
 
-@pytest.mark.parametrize("profile", [ROOT / "params.yaml", *PROFILES], ids=lambda p: p.stem)
-def test_every_profile_fits_the_params_of_every_stage(profile):
-    assert_fits_every_stage(profile)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_fits_the_params_of_every_stage(profile, tmp_path):
+    (tmp_path / "params.yaml").write_text(profiles.text(profile, ROOT))
+    assert_fits_every_stage(tmp_path / "params.yaml")
 
 
 TO_TRY = [
@@ -133,8 +151,8 @@ def test_what_the_readme_has_one_try_fits_and_changes_something(line, tmp_path):
     overrides = [word for word in shlex.split(line) if word != "-S"]
     path = tmp_path / "params.yaml"
     of_music = any(word.startswith(("mixit_music.", "music.")) for word in overrides)
-    base = ROOT / ("profiles/synthetic.yaml" if of_music else "params.yaml")
-    shutil.copy(base, path)
+    base = profiles.text("synthetic" if of_music else "default", ROOT)
+    path.write_text(base)
     apply_overrides(path, overrides)
     assert_fits_every_stage(path)
     load = YAML(typ="safe").load
@@ -144,20 +162,21 @@ def test_what_the_readme_has_one_try_fits_and_changes_something(line, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_graph_of_every_profile_resolves(profile, tmp_path):
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(profile, tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(profiles.text(profile, ROOT))
+    params = profiles.document(profile, ROOT)
     # A dry run reads what a stage depends on, also where it would first be made: empty files and folders stand in.
-    entries = {data: list(YAML(typ="safe").load(profile)[f"mixit_{data}"]) for data in ("music", "clips")}
+    entries = {data: list(params[f"mixit_{data}"]) for data in ("music", "clips")}
     made = {str(item) for stage in STAGES.values() for item in (*stage.outs, *stage.deps)}
     made |= {
         f"data/{folder}/{name}" for names in entries.values() for name in names for folder in ("mixit", "mixit_scores")
     }
-    of_features = list(YAML(typ="safe").load(profile)["mae_separators"])
-    of_queries = [*of_features, *YAML(typ="safe").load(profile)["separators"]]
+    of_features = list(params["mae_separators"])
+    of_queries = [*of_features, *params["separators"]]
     made |= {f"data/upstreams/{name}.json" for name in of_features}
     made |= {f"data/performer/pretrained_{which}" for which in ("true", "false")}
     made |= {f"data/{folder}/{name}" for name in of_queries for folder in ("separators", "scores")}

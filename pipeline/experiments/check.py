@@ -93,7 +93,7 @@ def sections() -> dict[str, type[Params]]:
 def check_params(path: Path) -> dict[str, Any]:
     """Hold every section and entry of a params.yaml to its type; return the document. ValueError names the key."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; run this in the project's folder, or copy one of profiles/ there")
+        raise ValueError(f"no file {path}: run this in the project's folder; `make profile NAME=default` writes one")
     document = config.read_document(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path} is not a mapping of sections")

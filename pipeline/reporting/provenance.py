@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from pipeline.core import profiles
+from pipeline.core.config import read_document
 from pipeline.core.runtime import sha256_file
 
 LIBRARIES = ("torch", "numpy", "scipy", "soundfile", "soxr", "fast-bss-eval", "dvc")
@@ -46,10 +48,10 @@ def code(root: Path) -> dict[str, Any]:
 
 
 def profile(root: Path, params: Path) -> str | None:
-    """Path of the profile that params.yaml is a copy of, if it is one."""
-    content = params.read_bytes()
-    same = [path for path in sorted((root / "profiles").glob("*.yaml")) if path.read_bytes() == content]
-    return same[0].relative_to(root).as_posix() if same else None
+    """Path of the profile whose settings params.yaml has, if there is one."""
+    settings = read_document(params)
+    same = [name for name in profiles.names(root) if profiles.document(name, root) == settings]
+    return f"profiles/{same[0]}.yaml" if same else None
 
 
 def data_hash(manifests: Iterable[Path]) -> str | None:

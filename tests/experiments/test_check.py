@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.core import profiles
 from pipeline.experiments import check
 from pipeline.experiments.check import check_files, check_gates, check_names, check_params
 
@@ -17,7 +18,7 @@ YAML_READER = YAML(typ="safe")
 
 
 def document():
-    return YAML_READER.load(ROOT / "profiles" / "tiny.yaml")
+    return YAML_READER.load(profiles.text("tiny", ROOT))
 
 
 BAD = ["my model", "a/b", "../mydata", "-h", "--section=x", "é", "a.b", "$HOME", "`touch x`", "x>y", "a&b", "*", 1,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from pipeline.core import profiles
 from pipeline.core.config import load_params
 from pipeline.experiments.gate import lines, main
 from pipeline.reporting.gates import Bound, GateParams, evaluate_gates, read_metrics
@@ -132,14 +133,15 @@ def test_without_arguments_the_committed_metrics_are_held(tmp_path, monkeypatch,
     assert "1 is below the minimum of 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", ["params.yaml", *(f"profiles/{name}.yaml" for name in ("audioset", "esc10", "music"))])
-def test_half_of_the_mixture_passes_for_no_model(path):
+@pytest.mark.parametrize("name", ["default", "audioset", "esc10", "music"])
+def test_half_of_the_mixture_passes_for_no_model(name, tmp_path):
     """A separator whose estimate is half of its input, at 0 dB: SDRi 10 lg 2 + 0, all else as good as one likes.
 
     profiles/tiny.yaml is left out: its few steps may well end below.
     """
-    document = YAML(typ="safe").load(ROOT / path)
-    bounds = load_params("gate", GateParams, ROOT / path).bounds
+    (tmp_path / "params.yaml").write_text(profiles.text(name, ROOT))
+    document = YAML(typ="safe").load(tmp_path / "params.yaml")
+    bounds = load_params("gate", GateParams, tmp_path / "params.yaml").bounds
     good = {key: bound.max if bound.min is None else bound.min for key, bound in bounds.items()}
     assert all(gate.passed for gate in evaluate_gates(good, bounds))
     for model in (*document["separators"], *document["mae_separators"]):

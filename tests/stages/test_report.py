@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy.io import wavfile
 
-from pipeline.core import ontology
+from pipeline.core import ontology, profiles
 from pipeline.evaluation.statistics import finite_mean
 from pipeline.reporting import charts, sounds, tables
 from pipeline.reporting.ablation_table import as_it_stands, read_ablations
@@ -846,7 +846,8 @@ def test_provenance_knows_commits_changes_and_profiles(tmp_path):
     assert code(tmp_path)["revision"] is None
     (tmp_path / "params.yaml").write_text(PARAMS)
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "tiny.yaml").write_text(PARAMS)
+    (tmp_path / "profiles" / "default.yaml").write_text(PARAMS)
+    (tmp_path / "profiles" / "tiny.yaml").write_text("train: {seed: 77}\n")
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "all")
@@ -856,8 +857,11 @@ def test_provenance_knows_commits_changes_and_profiles(tmp_path):
     assert code(tmp_path)["dirty"] is False  # a run writes its own reports and dvc.lock
     (tmp_path / "params.yaml").write_text(PARAMS + "\n")
     assert code(tmp_path)["changed_files"] == ["params.yaml"]
+    assert profile(tmp_path, tmp_path / "params.yaml") == "profiles/default.yaml"
+    (tmp_path / "params.yaml").write_text(profiles.text("tiny", tmp_path))
+    assert profile(tmp_path, tmp_path / "params.yaml") == "profiles/tiny.yaml"
+    (tmp_path / "params.yaml").write_text(profiles.text("tiny", tmp_path).replace("seed: 77", "seed: 78"))
     assert profile(tmp_path, tmp_path / "params.yaml") is None
-    assert profile(tmp_path, tmp_path / "profiles" / "tiny.yaml") == "profiles/tiny.yaml"
 
 
 def test_a_run_is_given_again_on_its_threads():

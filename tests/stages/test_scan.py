@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.core import profiles
 from pipeline.core.config import load_params
 from pipeline.datasets import Clip, audioset, load
 from pipeline.stages import scan as stage
@@ -147,9 +148,10 @@ def test_the_embedded_recordings_are_there():
         assert all(clip.path is not None for clip in clips)
 
 
-def test_the_params_of_the_generated_corpus_fit():
-    embedded = load_params("data", DataParams, REPOSITORY / "profiles/synthetic.yaml")
-    options = load_params(embedded.source, load(embedded.source).Options, REPOSITORY / "profiles/synthetic.yaml")
+def test_the_params_of_the_generated_corpus_fit(tmp_path):
+    (tmp_path / "params.yaml").write_text(profiles.text("synthetic", REPOSITORY))
+    embedded = load_params("data", DataParams, tmp_path / "params.yaml")
+    options = load_params(embedded.source, load(embedded.source).Options, tmp_path / "params.yaml")
     assert embedded.source == "synthetic"
     assert options.train_clips_per_class > options.eval_clips_per_class > 0
 
