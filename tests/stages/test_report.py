@@ -435,6 +435,12 @@ def _cells_of(table, system, query):
     return rows[0], found
 
 
+def test_table_1_has_the_columns_of_scores_and_no_others():
+    numbers = {f"{name}_class_median_mean": 1.0 for name in ("sdri", "si_sdr", "x", "xi", "vs_resunet.sdri")}
+    titles = table1.systems_table([System("a", "average", numbers)]).columns
+    assert set(titles) - {*table1.COLUMNS.values(), *table1.COUNTS.values()} == {"System", "query", "X, class median"}
+
+
 def test_the_table_stands_beside_the_papers(run):
     table = (run / "table1.md").read_text()
     for system, sdri, sdr, oracle in (

@@ -176,23 +176,24 @@ def cell(system: System, column: str) -> Cell:
 
 def systems_table(systems: Sequence[System]) -> Table:
     """Table I, a row per system; others' are set apart."""
-    columns = COLUMNS | _others(systems) | COUNTS
+    keys = columns(systems)
     rows = [
-        Row([*words(row.name, row.query), *(cell(row, key) for key in columns)], reference=not row.ours)
-        for row in systems
+        Row([*words(row.name, row.query), *(cell(row, key) for key in keys)], reference=not row.ours) for row in systems
     ]
-    return Table(["System", "query", *columns.values()], rows, n_text=2)
+    return Table(["System", "query", *keys.values()], rows, n_text=2)
 
 
-def _others(systems: Sequence[System]) -> dict[str, str]:
-    """Class medians of metrics beside SDR and SI-SDR that any of the systems has, without those of gains."""
+def columns(systems: Sequence[System]) -> dict[str, str]:
+    """Keys and titles of Table I: SDR and SI-SDR, class medians of other metrics that a system has, counts."""
     end = "_class_median_mean"
     keys = dict.fromkeys(key.removesuffix(end) for row in systems for key in row.numbers if key.endswith(end))
-    return {
+    others = {
         f"{key}{end}": f"{key.replace('_', ' ').upper()}, class median"
         for key in keys
         if f"{key}{end}" not in COLUMNS and key != "si_sdr" and not (key.endswith("i") and key[:-1] in keys)
+        if "." not in key  # a difference to the first model
     }
+    return COLUMNS | others | COUNTS
 
 
 def shares_table(systems: Sequence[System]) -> Table:
