@@ -168,7 +168,9 @@ coded as above.</p>{% endif %}
         return {
             "shown": bool(data.curves) or any(result.status is not None for result in data.results),
             "introduction": INTRODUCTION,
-            "generated": GENERATED if data.of_music and data.source == "synthetic_stems" else "",
+            "generated": GENERATED
+            if data.source == "synthetic_stems" and any(result.data == "music" for result in data.results)
+            else "",
             "alarms": alarms(data.results),
             "idlers": idlers(data.results),
             "tables": [*blind_tables(data.results, data.pretraining), cost_table(data.results)],
