@@ -210,14 +210,19 @@ def _measured(result: BlindResult, *keys: str) -> list[Cell]:
     return words(result.why, *[DASH] * (len(keys) - 1))
 
 
+def generated(results: Sequence[BlindResult], source: str | None) -> str:
+    """Say that the music is generated, where there are results on such music."""
+    return GENERATED if source == "synthetic_stems" and any(result.data == "music" for result in results) else ""
+
+
 def markdown(results: Sequence[BlindResult], shown: Sequence[Table], source: str | None) -> str:
     """mixit.md: every table but that of time and memory, which changes from run to run."""
     lines = ["# Unsupervised separators", ""]
     if all(result.status is None for result in results):
         return "\n".join([*lines, "None was evaluated."]) + "\n"
     lines += [markdown_escape(INTRODUCTION)]
-    if source == "synthetic_stems":
-        lines += ["", GENERATED]
+    if text := generated(results, source):
+        lines += ["", text]
     for text in alarms(results):
         lines += ["", f"**Warning: likely spurious optimum.** {markdown_escape(text)}"]
     for text in idlers(results):

@@ -14,11 +14,11 @@ import soundfile
 from pipeline.reporting import charts, page
 from pipeline.reporting.blind import BlindResult, alarms, idlers, read_pretraining, read_results
 from pipeline.reporting.blind_tables import (
-    GENERATED,
     INTRODUCTION,
     PRETRAINING_RAN_OUT,
     blind_tables,
     cost_table,
+    generated,
     markdown,
 )
 from pipeline.reporting.inputs import read_curve
@@ -168,9 +168,7 @@ coded as above.</p>{% endif %}
         return {
             "shown": bool(data.curves) or any(result.status is not None for result in data.results),
             "introduction": INTRODUCTION,
-            "generated": GENERATED
-            if data.source == "synthetic_stems" and any(result.data == "music" for result in data.results)
-            else "",
+            "generated": generated(data.results, data.source),
             "alarms": alarms(data.results),
             "idlers": idlers(data.results),
             "tables": [*blind_tables(data.results, data.pretraining), cost_table(data.results)],
