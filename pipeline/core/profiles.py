@@ -6,6 +6,7 @@ may be further entries, and one that is null is left out.
 """
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,19 @@ def document(name: str, root: Path) -> Any:
 
 
 def text(name: str, root: Path) -> str:
-    """Write a profile as a whole params.yaml."""
+    """Write a profile as a whole params.yaml; the default's bytes are its file's."""
+    if name == DEFAULT:
+        return (root / "profiles" / f"{DEFAULT}.yaml").read_text(encoding="utf-8")
     out = io.StringIO()
     _yaml().dump(document(name, root), out)
     return out.getvalue()
+
+
+def purpose(name: str, root: Path) -> str:
+    """Read the first sentence of a profile's comment."""
+    lines = (root / "profiles" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.removeprefix("# ") for line in comment).split(". ")[0].rstrip(".")
 
 
 def _yaml() -> YAML:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.core.config import read_document
-from pipeline.core.profiles import document, names, text
+from pipeline.core.profiles import document, names, purpose, text
 from pipeline.core.runtime import run_command, write_atomic
 
 PARAMS = Path("params.yaml")
@@ -39,8 +39,7 @@ def main() -> None:
     root = Path()
     if args.name is None:
         for name in names(root):
-            lines = (root / "profiles" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-            print(f"{name:12} {lines[0].removeprefix('# ')}")
+            print(f"{name:12} {purpose(name, root)}")
         return
     apply(args.name, root, args.force)
     print(f"{PARAMS} is profiles/{args.name}.yaml now; `make repro` runs it")
