@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -77,7 +77,13 @@ class EvaluateParams(Params):
     def _known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if missing := [name for name in ALWAYS if name not in value]:
             raise ValueError(f"{missing[0]} is missing, which the report is made of")
-        return {name: metrics.options(name).model_validate(given).model_dump() for name, given in value.items()}
+        found = {}
+        for name, given in value.items():
+            try:
+                found[name] = metrics.options(name).model_validate(given).model_dump()
+            except ValidationError as error:  # by itself it would name the option alone
+                raise ValueError("; ".join(f"{name}.{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+        return found
 
     def build_metrics(self) -> list[Metric]:
         """Build the metrics, in the order of params.yaml."""

@@ -13,6 +13,7 @@ import pytest
 from pipeline.evaluation.statistics import Design, mean_over_classes, resample
 from pipeline.experiments import seeds
 from pipeline.experiments.seeds import from_folders
+from pipeline.reporting import over_seeds
 from pipeline.reporting.kept import keep
 from pipeline.reporting.over_seeds import STATISTICS, Comparison, markdown, summarise, write
 from pipeline.reporting.tables import DASH, MINUS
@@ -134,8 +135,8 @@ def study(rng, design, n_studies, n_seeds, skew=False, recording=1.4, pair=2.0, 
 @pytest.mark.parametrize("case", ["level", "difference, skewed"])
 def test_a_printed_95_percent_is_95_over_3_seeds(case, monkeypatch):
     """2,000 studies on 20 designs, through what makes the table."""
-    monkeypatch.setattr(seeds, "METRICS", ("sdri",))
-    monkeypatch.setattr(seeds, "AGGREGATES", ("mean",))
+    monkeypatch.setattr(over_seeds, "METRICS", ("sdri",))
+    monkeypatch.setattr(over_seeds, "AGGREGATES", ("mean",))
     rng, hits, total = np.random.default_rng(7), 0, 0
     size = {"recording": 0.4, "pair": 0.8} if "difference" in case else {}
     for _ in range(20):
