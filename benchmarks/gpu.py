@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from ruamel.yaml import YAML
 
-from benchmarks.upstream_step import FULL, SMALL, Step, data, multiply_adds, new
+from benchmarks.upstream_step import SMALL, Step, data, full, multiply_adds, new
 from pipeline.core.config import AudioParams, load_params
 from pipeline.core.devices import Precision, autocast, is_out_of_memory, use_precision
 from pipeline.separators import QuerySeparator
@@ -135,7 +135,7 @@ def main() -> None:
     if not args.small and not torch.cuda.is_available():
         parser.error("there is no GPU here; --small runs on a CPU")
     device = torch.device("cpu" if args.small else "cuda")
-    path, at_least = (SMALL, 0.5) if args.small else (FULL, 5.0)
+    path, at_least = (SMALL, 0.5) if args.small else (full(), 5.0)
     params = load_params("train", TrainParams, path)
     rate = matrix_rate(device, 512 if args.small else 8192)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.resample import make_corpus, run_stage, seconds
-from benchmarks.upstream_step import FULL, multiply_adds, new
+from benchmarks.upstream_step import full, multiply_adds, new
 from pipeline.core.config import AudioParams, load_params
 from pipeline.nn.panns import PannsQueryEncoder
 from pipeline.stages.make_eval_pairs import MakeEvalPairsParams
@@ -48,8 +48,8 @@ def counted(network: nn.Module, *inputs: object) -> float:
 def resampling() -> float:
     """CPU seconds of one core for a clip of 10 s: checks, decoding, resampling, hash, shard."""
     os.environ["USS_WORKERS"] = "0"
-    audio = load_params("audio", AudioParams, FULL).model_copy(update={"clip_seconds": 10.0})
-    params = load_params("resample", ResampleParams, FULL)
+    audio = load_params("audio", AudioParams, full()).model_copy(update={"clip_seconds": 10.0})
+    params = load_params("resample", ResampleParams, full())
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "corpus")
         root.mkdir()
@@ -59,20 +59,20 @@ def resampling() -> float:
 
 def units() -> dict[str, float]:
     """Multiply-adds of each unit of work."""
-    audio, train = load_params("audio", AudioParams, FULL), load_params("train", TrainParams, FULL)
+    audio, train = load_params("audio", AudioParams, full()), load_params("train", TrainParams, full())
     samples, part = (round(s * audio.sample_rate) for s in (audio.segment_seconds, train.segment_seconds))
     panns = PannsQueryEncoder(None)
     found = {
         "detector, a clip of 10 s": counted(panns.network, torch.zeros(1, 10 * audio.sample_rate)),
         "query encoder, an anchor": counted(panns.network, torch.zeros(1, samples)),
     }
-    pretrain = load_params("pretrain_mae", PretrainParams, FULL)
+    pretrain = load_params("pretrain_mae", PretrainParams, full())
     autoencoder = MaskedAutoencoder(**pretrain.model.model_dump()).eval()
     features = torch.randn(1, pretrain.frames, PATCH * BANDS)
     noise = torch.rand(1, pretrain.frames // PATCH * BANDS)
     found["A-MAE, a clip in training"] = 3 * counted(autoencoder, features, noise, pretrain.mask_ratio)
     for name in SEPARATORS:
-        counts = multiply_adds(new(name, FULL), FULL, samples, part)
+        counts = multiply_adds(new(name, full()), full(), samples, part)
         found[f"{name}, a mixture in training"] = counts["step"]
         found[f"{name}, a pair of the evaluation"] = counts["forward"]
     return found
@@ -87,8 +87,8 @@ def main() -> None:
     print(json.dumps({"unit": "resample, a clip of 10 s", "CPU-s": round(per_clip, 4)}))
     for name, count in macs.items():
         print(json.dumps({"unit": name, "Gmacs": round(count / 1e9, 2)}))
-    train, pretrain = load_params("train", TrainParams, FULL), load_params("pretrain_mae", PretrainParams, FULL)
-    pairs = CLASSES * load_params("make_eval_pairs", MakeEvalPairsParams, FULL).pairs_per_class
+    train, pretrain = load_params("train", TrainParams, full()), load_params("pretrain_mae", PretrainParams, full())
+    pairs = CLASSES * load_params("make_eval_pairs", MakeEvalPairsParams, full()).pairs_per_class
     for name, n in CLIPS.items():
         gpu = {
             "detect": n * macs["detector, a clip of 10 s"],

@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -50,9 +51,7 @@ from pipeline.training.loop import build_optimizer
 from pipeline.training.mae import PretrainParams
 from pipeline.upstreams.mae import encoder_sizes
 
-SMALL, FULL = Path("params.yaml"), Path(tempfile.mkdtemp(prefix="profile-"), "params.yaml")
-FULL.write_text(profiles.text("audioset", Path()))
-atexit.register(shutil.rmtree, FULL.parent)
+SMALL = Path("params.yaml")
 BASELINE = "resunet"
 NAMES = [BASELINE, "mae_resunet", "mae_resunet_updated", "mae_resunet_aligned", "mae_resunet_interferer"]
 PANNS_QUERY_DIM = 2048
@@ -68,6 +67,15 @@ class UpstreamOnly(nn.Module):
 
     def forward(self, mixture: Tensor, query: Tensor) -> Tensor:
         return self.separator.features(mixture)
+
+
+@cache
+def full() -> Path:
+    """The paper's sizes: profiles/audioset.yaml as a params.yaml, which goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="profile-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "params.yaml").write_text(profiles.text("audioset", Path()))
+    return folder / "params.yaml"
 
 
 def query_dim(path: Path) -> int:
@@ -177,7 +185,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=NAMES, help="only the peak memory of this network, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, path = torch.device(args.device), FULL if args.full else SMALL
+    device, path = torch.device(args.device), full() if args.full else SMALL
     params, audio = load_params("train", TrainParams, path), load_params("audio", AudioParams, path)
     batch = args.batch or (2 if args.full and device.type != "cuda" else params.batch_size)
     seconds = args.seconds or params.segment_seconds
@@ -189,9 +197,11 @@ def main() -> None:
         return
 
     keep_freed_memory()
+    document = YAML(typ="safe").load(path)
+    names = [name for name in NAMES if name in {**document["separators"], **document["mae_separators"]}]
     # First: Linux counts what the parent held at the fork into ru_maxrss, and here that is still little.
     memory: dict[str, dict[str, int]] = {}
-    for name in NAMES:
+    for name in names:
         command = [sys.executable, "-m", "benchmarks.upstream_step", *sys.argv[1:], "--memory", name]
         runs = [
             json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -199,10 +209,10 @@ def main() -> None:
         ]
         memory[name] = sorted(runs, key=lambda run: run["peak"])[len(runs) // 2]
 
-    networks = {name: new(name, path) for name in NAMES}
+    networks = {name: new(name, path) for name in names}
     macs = {name: multiply_adds(network, path, samples, part) for name, network in networks.items()}
     steps = {name: Step(network, params.learning_rate, device) for name, network in networks.items()}
-    taken: dict[str, list[float]] = {name: [] for name in NAMES}
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.steps + 1):
         for name, step in steps.items():
             taken[name].append(step(*inputs))
@@ -210,7 +220,7 @@ def main() -> None:
     minimum = {name: min(values[1:]) for name, values in taken.items()}
 
     print(f"{path}, batch {batch} x {seconds:g} s, fp32, {device.type}, {args.threads} threads")
-    for name in NAMES:
+    for name in names:
         giga = {key: f"{value / 1e9:.2f}" for key, value in macs[name].items()}
         mega = {key: f"{value / MB:.0f}" for key, value in memory[name].items()}
         print(f"  {name}: median {median[name]:.3f} s, minimum {minimum[name]:.3f} s")
@@ -222,19 +232,19 @@ def main() -> None:
     def against(name: str, table: dict[str, Any], key: str) -> float:
         return table[name][key] / table[BASELINE][key]
 
-    for name in NAMES[1:]:
+    for name in names[1:]:
         print(
             f"ratio: {median[name] / median[BASELINE]:.2f} ({minimum[name] / minimum[BASELINE]:.2f}) "
             f"of the baseline's time, "
             f"{against(name, macs, 'step'):.2f} of its multiply-adds, "
             f"{against(name, memory, 'peak'):.2f} of its memory ({name})"
         )
-    frozen, updated = NAMES[1:3]
+    frozen, updated = names[1:3]
     print(
         f"ratio: {median[frozen] / median[updated]:.2f} ({minimum[frozen] / minimum[updated]:.2f}) of the time of "
         f"{updated} ({frozen})"
     )
-    for name in NAMES[1:]:
+    for name in names[1:]:
         if not networks[name].settings.freeze_mae:
             continue  # its backward cannot be told from the rest
         time_share = statistics.median(steps[name].upstream[1:]) / median[BASELINE]

@@ -112,14 +112,14 @@ FILES = {
 USE = {
     "evaluation/metrics/peak.py": """
 import pandas as pd, torch
-from pipeline.evaluation import scores
+from pipeline.evaluation import metrics as registry, scores
 from pipeline.reporting.sections.table1 import our_systems, systems_table
 from pipeline.reporting.summary import summarise
 from pipeline.stages.evaluate import EvaluateParams
+assert registry.options("peak").model_validate({}).floor == 1e-3 and "peak" in registry.names()
 params = EvaluateParams(
     batch_size=1, pairs_per_part=1, metrics={"sdr": {}, "si_sdr": {}, "peak": {}}, n_examples=0, device="cpu"
 )
-assert params.metrics["peak"] == {"floor": 1e-3}
 waves = torch.randn(3, 4, 800)
 values = scores.score(waves[:, :1], waves[:, 1], waves[:, 2], waves[:, 3], params.build_metrics())
 assert set(values) == set(scores.schema(params.build_metrics()).names[8:]) and "peaki" in values

@@ -9,19 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.evaluation import metrics
+from pipeline.evaluation.columns import PAIR
 from pipeline.evaluation.metrics import Metric
 from pipeline.evaluation.metrics.sdr import sdr
-
-KEYS = (
-    ("pair", pa.int64()),
-    ("class_index", pa.int64()),
-    ("mid", pa.string()),
-    ("target_clip", pa.string()),
-    ("target_recording", pa.string()),
-    ("interferer_recording", pa.string()),
-    ("interferer_class_index", pa.int64()),
-)
-MIXTURES = ("_mixture", "_half")  # ends of columns that no estimate has a part in
 
 
 def schema(chosen: Sequence[Metric]) -> pa.Schema:
@@ -30,7 +20,8 @@ def schema(chosen: Sequence[Metric]) -> pa.Schema:
     sdr_half is the SDR of half of the mixture: what can be had without separating anything.
     """
     scores = ["sdr_half", *(column for metric in chosen for column in metrics.columns(metric))]
-    return pa.schema([*KEYS, ("query", pa.string()), *((name, pa.float64()) for name in scores)])
+    types = {name: pa.int64() if kind is int else pa.string() for name, kind in PAIR.items()} | {"query": pa.string()}
+    return pa.schema(types | dict.fromkeys(scores, pa.float64()))
 
 
 def score(
@@ -57,13 +48,7 @@ def table(
 ) -> pa.Table:
     """Rows sorted by pair, pairs being sorted, and in it by kind of query in the order of `kinds`."""
     each = np.repeat(np.arange(len(pairs)), len(kinds))
-    found = {key: pairs[key].take(each) for key, _ in KEYS}
+    found = {key: pairs[key].take(each) for key in PAIR}
     found["query"] = pa.array(kinds * len(pairs))
     found |= {name: pa.array(values.reshape(-1)) for name, values in scores.items()}
     return pa.table([found[name] for name in columns.names], schema=columns)
-
-
-def of_estimates(scores: pa.Table) -> list[str]:
-    """List the columns that score an estimate."""
-    names = scores.column_names[scores.column_names.index("query") + 1 :]
-    return [name for name in names if not name.endswith(MIXTURES)]

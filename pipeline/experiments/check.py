@@ -103,6 +103,7 @@ def check_params(path: Path) -> dict[str, Any]:
     from pipeline import datasets, upstreams
     from pipeline.datasets import music
     from pipeline.datasets.music.synthetic_stems import Options as SyntheticStems
+    from pipeline.evaluation import metrics
     from pipeline.separators import fusions, model_params
     from pipeline.separators._features import Settings
     from pipeline.stages.train_separator import SeparatorParams, read_mae_entry, read_train
@@ -127,6 +128,9 @@ def check_params(path: Path) -> dict[str, Any]:
     for place in ["model", *(f"variants.{name}" for name in document["variants"])]:
         settings = load_params(place, Settings, path)
         load_params(f"{place}.fusion_options", fusions.options(settings.fusion), path)
+    for name in document["evaluate"]["metrics"]:
+        with _at("evaluate", "metrics"):
+            load_params(f"evaluate.metrics.{name}", metrics.options(name), path)
     for name in document["upstreams"]:
         if (options := upstreams.options(name)) is not None:
             load_params(f"upstreams.{name}", options, path)

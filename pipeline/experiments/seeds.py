@@ -31,7 +31,7 @@ from pipeline.core.config import Params, load_params, read_document
 from pipeline.core.runtime import run_command
 from pipeline.experiments.ablations import Ablation, check_same_but, finished, params_of, run
 from pipeline.reporting.kept import PARAMS, keep, read_kept
-from pipeline.reporting.over_seeds import check_same_pairs, lines, summarise, write
+from pipeline.reporting.over_seeds import check_runs, lines, summarise, write
 from pipeline.reporting.run import baseline as first_separator
 from pipeline.reporting.scores import AVERAGE, WITH_INTERFERER, read_scores
 
@@ -163,7 +163,7 @@ def main() -> None:
         run([_training(seed) for seed in seeds])
     if not args.again:
         collected = from_folders(args.runs) if args.runs else from_experiments(args.scores)
-        check_same_pairs(collected)
+        check_runs(collected)
         keep(collected, out, args.params, [(a, b) for a, b in args.equivalent])
     summary = table_again(out)
     write(summary, out)

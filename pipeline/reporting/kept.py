@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.runtime import write_atomic
-from pipeline.reporting.scores import AVERAGE, KEYS
+from pipeline.evaluation.columns import KEYS
+from pipeline.reporting.scores import AVERAGE
 
 SCORES, PARAMS = "scores.parquet", "params.yaml"
 _EQUIVALENT = b"equivalent"

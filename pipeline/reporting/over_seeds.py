@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from pipeline.core.runtime import write_atomic, write_json
 from pipeline.evaluation.statistics import AGGREGATES, Design, Statistic, finite_mean, mean_over_classes, resample
-from pipeline.reporting.scores import AVERAGE, RECORDINGS, SAME, TOLERANCE_DB
+from pipeline.reporting.scores import AVERAGE, RECORDINGS, check_same_pairs
 from pipeline.reporting.tables import MINUS, Row, Table, db, words
 
 Runs = Mapping[int, Mapping[str, pd.DataFrame]]  # seed -> model -> its rows of the average query, sorted by pair
@@ -80,7 +80,7 @@ class Comparison:
     """
 
     def __init__(self, runs: Runs, *, n_resamples: int, seed: int) -> None:
-        check_same_pairs(runs)
+        check_runs(runs)
         self.n_resamples, self.seed = n_resamples, seed
         self.seeds_of: dict[str, list[int]] = {}
         for s in sorted(runs):
@@ -135,34 +135,14 @@ class Comparison:
         return {(model, s, kind): found[f"{model}@{s}", kind] for model, s in columns for kind in AGGREGATES}
 
 
-def check_same_pairs(runs: Runs) -> None:
+def check_runs(runs: Runs) -> None:
     """ValueError, naming the run and the model, unless all were scored on the same pairs and mixtures."""
     tables = {f"{model} of seed {s}": table for s in sorted(runs) for model, table in runs[s].items()}
     if not tables:
         raise ValueError("there are no runs to compare")
     (first, reference), *others = tables.items()
     for name, table in others:
-        if difference := sorted(set(reference["pair"]) ^ set(table["pair"])):
-            raise ValueError(
-                f"{name} ({len(table)} pairs) and {first} ({len(reference)} pairs) differ in {len(difference)} pairs, "
-                f"the first of them {difference[0]}"
-            )
-        for column in ("pair", *SAME):
-            differs = table[column].to_numpy() != reference[column].to_numpy()
-            if differs.any():
-                at = int(np.argmax(differs))
-                raise ValueError(
-                    f"{name} and {first} were scored on different pairs: pair {table['pair'].iloc[at]} has {column} "
-                    f"{table[column].iloc[at]} and {reference[column].iloc[at]}"
-                )
-        ours, theirs = table["sdr_mixture"].to_numpy(float), reference["sdr_mixture"].to_numpy(float)
-        differs = ~np.isclose(ours, theirs, rtol=0, atol=TOLERANCE_DB, equal_nan=True)
-        if differs.any():
-            at = int(np.argmax(differs))
-            raise ValueError(
-                f"{name} and {first} were scored on different mixtures: the input SDR of pair "
-                f"{table['pair'].iloc[at]} is {ours[at]:.3f} and {theirs[at]:.3f} dB"
-            )
+        check_same_pairs(table, reference, name, first)
 
 
 def summarise(

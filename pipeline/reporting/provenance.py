@@ -48,10 +48,9 @@ def code(root: Path) -> dict[str, Any]:
 
 
 def profile(root: Path, params: Path) -> str | None:
-    """Path of the profile whose settings params.yaml has, if there is one."""
+    """Name of the profile whose settings params.yaml has, if there is one."""
     settings = read_document(params)
-    same = [name for name in profiles.names(root) if profiles.document(name, root) == settings]
-    return f"profiles/{same[0]}.yaml" if same else None
+    return next((name for name in profiles.names(root) if profiles.document(name, root) == settings), None)
 
 
 def data_hash(manifests: Iterable[Path]) -> str | None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.columns import KEYS, PAIR
+
 AVERAGE = "average"  # the query that a user has: the mean embedding of the class
 WITH_INTERFERER = "average+interferer"  # of separators that also take the interferer's: the mean of its class
 QUERIES = (AVERAGE, "oracle", WITH_INTERFERER)
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a model: it names files
 RECORDINGS = ["target_recording", "interferer_recording"]
-SAME = ["class_index", "mid", "target_clip", *RECORDINGS, "interferer_class_index"]  # of a pair, for every model
-KEYS = ["pair", *SAME, "query"]
+SAME = [name for name in PAIR if name != "pair"]  # of a pair, for every model
 REQUIRED = ["sdr_mixture", "sdr_half", "sdr", "sdri", "si_sdr_mixture", "si_sdr", "si_sdri"]
 # How far two models' readings of the same mixture may lie apart: float32 sums on different devices.
 TOLERANCE_DB = 0.01
@@ -32,19 +33,13 @@ def read_scores(scores: Path, models: Sequence[str], pairs: pd.DataFrame | None 
     for model, table in tables.items():
         (query, rows), *rest = table.groupby("query", sort=True)
         for other, other_rows in rest:
-            _check_same_pairs(rows, other_rows, f"{model}, {query} query", f"{model}, {other} query")
+            check_same_pairs(rows, other_rows, f"{model}, {query} query", f"{model}, {other} query")
         if pairs is not None:
             _check_manifest(rows, pairs, model)
     first, *others = models
     for model in others:
-        _check_same_pairs(_one_query(tables[first]), _one_query(tables[model]), first, model)
+        check_same_pairs(_one_query(tables[first]), _one_query(tables[model]), first, model)
     return pd.concat([table.assign(model=model) for model, table in tables.items()], ignore_index=True)
-
-
-def metrics_of(table: pd.DataFrame) -> list[str]:
-    """Columns of `table` that score an estimate, in their order."""
-    others = {*KEYS, "model"}
-    return [name for name in map(str, table) if name not in others and not name.endswith(("_mixture", "_half"))]
 
 
 def _read(path: Path, model: str) -> pd.DataFrame:
@@ -99,8 +94,8 @@ def _check_manifest(rows: pd.DataFrame, pairs: pd.DataFrame, what: str) -> None:
             )
 
 
-def _check_same_pairs(a: pd.DataFrame, b: pd.DataFrame, name_a: str, name_b: str) -> None:
-    """Hold two tables of one query each against each other."""
+def check_same_pairs(a: pd.DataFrame, b: pd.DataFrame, name_a: str, name_b: str) -> None:
+    """ValueError, naming both, unless two tables of one query each are of the same pairs and mixtures."""
     a, b = a.set_index("pair"), b.set_index("pair")
     _same(set(a.index), set(b.index), name_a, name_b)
     b = b.loc[a.index]

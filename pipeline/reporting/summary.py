@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from pipeline.evaluation.columns import of_estimates
 from pipeline.evaluation.statistics import (
     AGGREGATES,
     Design,
@@ -25,7 +26,7 @@ from pipeline.evaluation.statistics import (
     mean_over_classes,
     resample,
 )
-from pipeline.reporting.scores import RECORDINGS, metrics_of
+from pipeline.reporting.scores import RECORDINGS
 
 SCHEMA = 1  # of metrics.json; raised when a key changes its meaning
 
@@ -133,7 +134,7 @@ def _of_mixtures(pairs: _Pairs) -> dict[str, int | float]:
 
 def _of_system(table: pd.DataFrame, statistics: Mapping[str, Statistic], pairs: _Pairs) -> dict[str, int | float]:
     """Aggregate the scores of one model under one query, SDRi with its intervals, and count what is undefined."""
-    found = _aggregates(table[metrics_of(table)], pairs.class_index)
+    found = _aggregates(table[of_estimates(map(str, table))], pairs.class_index)
     found["n_pairs"] = len(table)
     found["n_nan"] = int(table["sdri"].isna().sum())
     found["n_classes"] = int((~np.isnan(statistics["median"].point)).sum())
@@ -223,7 +224,7 @@ def _class_rows(table: pd.DataFrame, pairs: _Pairs, model: str, query: str) -> p
             "n_clips": grouped["clip"].nunique(),
         }
     )
-    for metric in ("sdr_mixture", *metrics_of(table)):
+    for metric in ("sdr_mixture", *of_estimates(map(str, table))):
         for kind in AGGREGATES:
             rows[f"{metric}_{kind}"] = grouped[metric].agg(kind)
     return rows.reset_index(drop=True)

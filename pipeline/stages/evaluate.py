@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -50,8 +50,9 @@ from pipeline.core.runtime import (
     write_json,
 )
 from pipeline.evaluation import metrics
+from pipeline.evaluation.columns import of_estimates
 from pipeline.evaluation.metrics import Metric
-from pipeline.evaluation.scores import of_estimates, schema, score, table
+from pipeline.evaluation.scores import schema, score, table
 from pipeline.mixtures.anchors import AnchorIndex, AnchorReader
 from pipeline.mixtures.mixing import Normalize, PairsParams, mix
 from pipeline.separators import QuerySeparator
@@ -74,16 +75,10 @@ class EvaluateParams(Params):
 
     @field_validator("metrics")
     @classmethod
-    def _known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _complete(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if missing := [name for name in ALWAYS if name not in value]:
             raise ValueError(f"{missing[0]} is missing, which the report is made of")
-        found = {}
-        for name, given in value.items():
-            try:
-                found[name] = metrics.options(name).model_validate(given).model_dump()
-            except ValidationError as error:  # by itself it would name the option alone
-                raise ValueError("; ".join(f"{name}.{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
-        return found
+        return value
 
     def build_metrics(self) -> list[Metric]:
         """Build the metrics, in the order of params.yaml."""
@@ -250,7 +245,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 def summarise(scores: pa.Table, without_average: Sequence[str]) -> dict[str, Any]:
     """Counts, and a first look at each query: mean and median over all pairs. The report's aggregates are by class."""
-    names = of_estimates(scores)
+    names = of_estimates(scores.column_names)
     queries = np.array(scores["query"].to_pylist())
     kinds = list(dict.fromkeys(queries.tolist()))
     summary: dict[str, Any] = {
@@ -277,7 +272,7 @@ def describe_examples(pairs: pa.Table, scores: pa.Table, examples: Sequence[int]
     rows = {row["pair"]: row for row in pairs.to_pylist()}
     scored = {(row["pair"], row["query"]): row for row in scores.to_pylist()}
     kinds = dict.fromkeys(scores["query"].to_pylist())
-    names = of_estimates(scores)
+    names = of_estimates(scores.column_names)
     described = []
     for pair in examples:
         row = rows[pair]

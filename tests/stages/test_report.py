@@ -863,9 +863,9 @@ def test_provenance_knows_commits_changes_and_profiles(tmp_path):
     assert code(tmp_path)["dirty"] is False  # a run writes its own reports and dvc.lock
     (tmp_path / "params.yaml").write_text(PARAMS + "\n")
     assert code(tmp_path)["changed_files"] == ["params.yaml"]
-    assert profile(tmp_path, tmp_path / "params.yaml") == "profiles/default.yaml"
+    assert profile(tmp_path, tmp_path / "params.yaml") == "default"
     (tmp_path / "params.yaml").write_text(profiles.text("tiny", tmp_path))
-    assert profile(tmp_path, tmp_path / "params.yaml") == "profiles/tiny.yaml"
+    assert profile(tmp_path, tmp_path / "params.yaml") == "tiny"
     (tmp_path / "params.yaml").write_text(profiles.text("tiny", tmp_path).replace("seed: 77", "seed: 78"))
     assert profile(tmp_path, tmp_path / "params.yaml") is None
 

@@ -46,8 +46,11 @@ def options(name: str) -> type[Params]:
 
 
 def build(name: str, options: Mapping[str, Any]) -> Metric:
-    """Build the Metric of `pipeline/evaluation/metrics/<name>.py`."""
-    metric: Metric = REGISTRY.module(name).Metric(**options)
+    """Build the Metric of `pipeline/evaluation/metrics/<name>.py`; ValueError for an option that it does not have."""
+    try:
+        metric: Metric = REGISTRY.module(name).Metric(**options)
+    except TypeError as error:
+        raise ValueError(f"options of metric {name!r}: {error}") from error
     return metric
 
 

@@ -1,6 +1,5 @@
 """Where the numbers come from, and the commands that give this run again."""
 
-from pathlib import Path
 from typing import Any
 
 from pipeline.core.runtime import as_json
@@ -23,7 +22,7 @@ class Section(Base[dict[str, Any]]):
 {% if code.changed_files | length > 8 %} and {{ code.changed_files | length - 8 }} more{% endif %}{% else %},
 clean{% endif %}{% else %}not a git checkout{% endif %}</dd>
 <dt>params.yaml</dt><dd>sha256 <code>{{ params.sha256 }}</code>{% if params.profile %} (the settings of
-<code>{{ params.profile }}</code>){% endif %}</dd>
+<code>profiles/{{ params.profile }}.yaml</code>){% endif %}</dd>
 <dt>Data</dt><dd>{% if data_sha256 %}sha256 of the manifests <code>{{ data_sha256 }}</code>{% else %}no manifests\
 {% endif %}</dd>
 <dt>Machine</dt><dd>{{ hardware.cpu }}, {{ hardware.cores }} cores, {{ hardware.memory_gb }} GB\
@@ -60,7 +59,7 @@ def rerun(known: dict[str, Any]) -> str:
     threads = known["training_threads"]
     one = f"OMP_NUM_THREADS={threads[0]} " if len(threads) == 1 and not known["hardware"]["gpus"] else ""
     if params["profile"]:
-        lines.append(f"make profile NAME={Path(params['profile']).stem}")
+        lines.append(f"make profile NAME={params['profile']}")
     elif "params.yaml" in code["changed_files"]:
         lines.append(f"# params.yaml had changes of its own: sha256 {params['sha256']}")
     return "\n".join([*lines, f"{one}make repro", "make gate"])
